@@ -1,0 +1,1 @@
+"""kfacerr: how wrong is a cheap K-FAC inverse, and what does that error cost?"""

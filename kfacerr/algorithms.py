@@ -1,0 +1,104 @@
+"""The seven algorithms of §4.2 by name, each as a process for one K-factor.
+
+A name is a base, K-FAC, R-KFAC, B-KFAC, B-R-KFAC or B-KFAC-C, followed by settings that differ from the
+defaults: "R-KFAC T_inv=50 rank=476".
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import InputError
+from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Process, Rsvd, Sketch
+
+__all__ = ["SEVEN", "Settings", "make_process"]
+
+SEVEN = (
+    "K-FAC T_inv=50",
+    "R-KFAC T_inv=50",
+    "R-KFAC T_inv=10",
+    "R-KFAC T_inv=300",
+    "B-KFAC",
+    "B-R-KFAC",
+    "B-KFAC-C",
+)
+"""The algorithms of §4.2; B-R-KFAC overwrites and B-KFAC-C corrects every 50 iterations."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all processes of one factor share, by the paper's names (§6).
+
+    Attributes:
+        rank: target and truncation rank r.
+        rho: EA decay.
+        oversampling: r_o of the RSVD.
+        n_pwr_it: power iterations of the RSVD.
+        seed: of the random draws; every algorithm has a stream of its own, so adding one changes no other.
+    """
+
+    rank: int
+    rho: float = 0.95
+    oversampling: int = 10
+    n_pwr_it: int = 4
+    seed: int = 0
+
+
+def _kfac(s: Settings, rng: np.random.Generator, *, T_inv: int = 50) -> Process:
+    return Evd(T_inv=T_inv)
+
+
+def _rkfac(s: Settings, rng: np.random.Generator, *, T_inv: int = 50, rank: int = 0) -> Process:
+    return Rsvd(rank or s.rank, Sketch(rng, s.oversampling, s.n_pwr_it), T_inv=T_inv)
+
+
+def _bkfac(s: Settings, rng: np.random.Generator, *, rank: int = 0) -> Process:
+    return Brand(rank or s.rank, rho=s.rho)
+
+
+def _brkfac(s: Settings, rng: np.random.Generator, *, T_rsvd: int = 50, rank: int = 0) -> Process:
+    sketch = Sketch(rng, s.oversampling, s.n_pwr_it)
+    return BrandRsvd(rank or s.rank, sketch, rho=s.rho, T_rsvd=T_rsvd)
+
+
+def _bkfacc(
+    s: Settings, rng: np.random.Generator, *, T_corct: int = 50, phi_corct: float = 0.5, rank: int = 0
+) -> Process:
+    return BrandCorrected(rank or s.rank, rho=s.rho, T_corct=T_corct, phi_corct=phi_corct, rng=rng)
+
+
+_BASES: dict[str, Callable[..., Process]] = {
+    "K-FAC": _kfac,
+    "R-KFAC": _rkfac,
+    "B-KFAC": _bkfac,
+    "B-R-KFAC": _brkfac,
+    "B-KFAC-C": _bkfacc,
+}
+
+
+def make_process(name: str, settings: Settings, side: str) -> Process:
+    """The process of algorithm `name` for the factor of `side` ("A" or "G").
+
+    Raises:
+        InputError: unknown algorithm or setting, or a value out of range.
+    """
+    base, *options = name.split()
+    if base not in _BASES:
+        raise InputError(f"algorithm {name!r}: {base!r} is not one of {', '.join(_BASES)}")
+    make = _BASES[base]
+    allowed = make.__kwdefaults__ or {}
+    given: dict[str, int | float] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key not in allowed:
+            raise InputError(f"algorithm {name!r}: {key!r} is not one of {', '.join(allowed)}")
+        try:
+            given[key] = type(allowed[key])(value)
+        except ValueError:
+            raise InputError(f"algorithm {name!r}: {key} has no value {value!r}") from None
+        if not given[key] > 0:
+            raise InputError(f"algorithm {name!r}: {key} must be positive")
+    # The name itself seeds the draws, through its bytes: `hash` differs from run to run.
+    rng = np.random.default_rng([settings.seed, ord(side), *name.encode()])
+    return make(settings, rng, **given)

@@ -1,0 +1,149 @@
+"""Brand's update of a thin SVD under a low-rank addition: Algorithm 2 (SVD) and Algorithm 3 (symmetric).
+
+Algorithm 3 is done in Gram form. With X = U diag(D) U^T and Y = [U diag(D)^(1/2), A], the updated matrix is
+X + A A^T = Y Y^T, and with the EVD of the small Gram matrix K = Y^T Y = V diag(L) V^T its eigenvectors are
+Y V diag(L)^(-1/2) with eigenvalues L. K needs only U^T A and A^T A, the same two products as the M_S of (7),
+but no QR of tall columns, and only those eigenvectors are formed that a caller asks for.
+
+Accuracy. K is graded: K = S R S with S = diag(|y_i|) and R of unit diagonal, and the products carry an error of
+about eps in R, that is eps |S v|^2 along an eigenvector v. So a mode is numerically null where
+L_i <= c eps |S v_i|^2, whatever L_i / L_1 is: a tiny column orthogonal to all others survives, a column that lies
+in span(U) adds no mode. The modes kept lose orthonormality to eps |S v_i|^2 / L_i; `orthonormalised` measures
+that on the carried modes and, where it is too much, takes the Gram step once more ("twice is enough"). The small
+EVD is in float64, for the grading.
+"""
+
+import functools
+
+import array_api_compat as compat
+import numpy as np
+
+from .backend import check_columns, device_array, eigh_descending, eps, namespace
+from .errors import InputError
+from .lowrank import LowRank
+from .stream import Array
+
+__all__ = ["brand", "orthonormalised", "symmetric_brand"]
+
+
+def brand(U: Array, D: Array, V: Array, A: Array, B: Array) -> tuple[Array, Array, Array]:
+    """Algorithm 2: the SVD of U diag(D) V^T + A B^T.
+
+    Reads (7) as [U A] diag(D, I) [V B]^T and takes one Householder QR of each outer factor instead of a
+    projection followed by a QR: the same matrices up to signs (footnote 5 allows any orthonormal basis), but
+    orthonormal to rounding also for zero, repeated or in-span columns.
+
+    Args:
+        U: (m, r) orthonormal columns.
+        D: (r,) singular values.
+        V: (d, r) orthonormal columns.
+        A: (m, n) columns.
+        B: (d, n) columns.
+
+    Returns:
+        (m, q), (q,) descending and (d, q) with q = min(r + n, m, d).
+
+    Raises:
+        InputError: shapes, dtypes or backends do not fit.
+    """
+    xp = namespace(U, D, V, A, B)
+    check_columns(A, U.shape[0], "A")
+    check_columns(B, V.shape[0], "B")
+    if A.shape[1] != B.shape[1]:
+        raise InputError(f"A and B need as many columns, got {A.shape[1]} and {B.shape[1]}")
+    QA, RA = xp.linalg.qr(xp.concat([U, A], axis=1))
+    QB, RB = xp.linalg.qr(xp.concat([V, B], axis=1))
+    scale = xp.concat([D, xp.ones_like(A[0, :])])
+    UM, DM, VMt = xp.linalg.svd((RA * scale[None, :]) @ RB.T, full_matrices=False)
+    return QA @ UM, DM, QB @ VMt.T
+
+
+def symmetric_brand(X: LowRank | None, A: Array) -> LowRank:
+    """Algorithm 3: the EVD of X + A A^T, exact.
+
+    Args:
+        X: (d, d) of rank r, or None for the zero matrix.
+        A: (d, n) columns; n = 0 is allowed.
+
+    Returns:
+        r + n modes (at most d), of which those that are numerically zero have D_i = 0; U is not formed yet.
+
+    Raises:
+        InputError: shapes, dtypes or backends do not fit, or NaN or Inf in the columns.
+    """
+    check_columns(A, None if X is None else X.d)
+    if X is None or X.m == 0:
+        return _evd_of_gram(A, None, A.T @ A)
+    xp = namespace(X.basis, A)
+    if X.m + A.shape[1] >= X.d:
+        return _dense_evd(X.dense() + A @ A.T)
+    C = X.U.T @ A
+    identity = xp.eye(X.m, dtype=A.dtype, device=compat.device(A))
+    gram = xp.concat(
+        [xp.concat([identity, C], axis=1), xp.concat([C.T, A.T @ A], axis=1)],
+        axis=0,
+    )
+    scale = xp.concat([xp.sqrt(X.D), xp.ones_like(A[0, :])])
+    return _evd_of_gram(xp.concat([X.U, A], axis=1), scale, gram)
+
+
+def orthonormalised(X: LowRank) -> LowRank:
+    """X with U formed and orthonormal to a small multiple of eps, taking the Gram step again if it is not."""
+    if X.m == 0 or _defect(X.U, X.D) <= 256 * eps(X.D):
+        return LowRank(X.U, X.D)
+    xp = namespace(X.U)
+    again = _evd_of_gram(X.U, xp.sqrt(X.D), X.U.T @ X.U)
+    return LowRank(again.U, again.D)
+
+
+def _evd_of_gram(Y: Array, scale: Array | None, gram: Array) -> LowRank:
+    """The EVD of (Y S)(Y S)^T, S = diag(scale), from the small matrix `gram` = Y^T Y."""
+    xp = namespace(Y)
+    if Y.shape[1] > Y.shape[0]:
+        S = Y if scale is None else Y * scale[None, :]
+        return _dense_evd(S @ S.T)
+    if Y.shape[1] == 0:
+        return LowRank(Y, Y[0, :])
+    s = xp.ones_like(Y[0, :]) if scale is None else scale
+    s = xp.astype(s, xp.float64)
+    K = s[:, None] * xp.astype(gram, xp.float64) * s[None, :]
+    L, V = eigh_descending((K + K.T) / 2, "Brand update")
+    p = Y.shape[1]
+    # |S v|^2 with S = diag(|y_i|), see the module's docstring.
+    graded = xp.sum(xp.linalg.diagonal(K)[:, None] * V**2, axis=0)
+    unit = eps(L)
+    floor = xp.maximum(2 * p**0.5 * eps(Y) * graded, p * unit * xp.maximum(L[0], xp.zeros_like(L[0])))
+    kept = L > floor
+    one = xp.ones_like(L)
+    inverse_root = xp.where(kept, 1 / xp.sqrt(xp.where(kept, L, one)), 0 * one)
+    # Sorting again: a null mode may stand before a tiny one that is real.
+    L = xp.where(kept, L, 0 * one)
+    order = xp.argsort(L, descending=True, stable=True)
+    mix = xp.take(s[:, None] * V * inverse_root[None, :], order, axis=1)
+    return LowRank(Y, xp.astype(xp.take(L, order), Y.dtype), xp.astype(mix, Y.dtype))
+
+
+def _dense_evd(M: Array) -> LowRank:
+    """All d modes of a dense matrix: used where r + n >= d and nothing is low-rank any more."""
+    xp = namespace(M)
+    w, V = eigh_descending(xp.astype(M, xp.float64), "Brand update")
+    w = xp.where(w > M.shape[0] * eps(M) * w[0], w, xp.zeros_like(w))
+    return LowRank(xp.astype(V, M.dtype), xp.astype(w, M.dtype))
+
+
+def _defect(U: Array, D: Array) -> float:
+    """Estimates max_i |row i of U^T U - I|, an upper bound of its largest entry, over modes with D > 0.
+
+    Eight fixed random probes: two thin products, where U^T U itself would cost as much as the update.
+    """
+    xp = namespace(U)
+    probes = device_array(_probes(U.shape[1]), U)
+    alive = xp.astype(D > 0, U.dtype)[:, None]
+    probes = probes * alive
+    rows = (U.T @ (U @ probes) - probes) * alive
+    return float(xp.max(xp.sqrt(xp.sum(rows**2, axis=1)))) / 8**0.5
+
+
+@functools.lru_cache(maxsize=8)
+def _probes(m: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((m, 8))

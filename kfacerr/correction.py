@@ -1,0 +1,41 @@
+"""Algorithm 6: the light correction of a low-rank representation."""
+
+import numpy as np
+
+from .backend import device_array, eigh_descending, namespace
+from .lowrank import LowRank
+from .stream import Array
+
+__all__ = ["correct"]
+
+
+def correct(X: LowRank, M: Array, idx: np.ndarray) -> LowRank:
+    """Algorithm 6 on the columns `idx` of X: afterwards U_S^T (M - X') U_S = 0 on their span.
+
+    The misprinted l.7 is read as U[:, idx] <- U[:, idx] V, D[idx] <- w with (w, V) the EVD of the projected M.
+    ||M - X'||_F never exceeds ||M - X||_F (footnote 11), but M - X' need not be p.s.d. any more.
+
+    Args:
+        X: (d, d) of m modes, the B-KFAC representation after its Brand update.
+        M: (d, d) EA factor of the same iteration.
+        idx: (n_crc,) distinct column numbers, drawn by the caller.
+
+    Returns:
+        m modes, sorted again.
+    """
+    if len(idx) == 0:
+        return X
+    xp = namespace(X.basis, M)
+    chosen = device_array(np.asarray(idx, dtype=np.int64), M)
+    rest = device_array(np.setdiff1d(np.arange(X.m), idx).astype(np.int64), M)
+    columns = X.basis if X.mix is None else X.mix  # rotating columns of U is rotating columns of mix
+    picked = xp.take(columns, chosen, axis=1)
+    US = picked if X.mix is None else X.basis @ picked
+    MS = US.T @ (M @ US)
+    w, V = eigh_descending((MS + MS.T) / 2, "correction")
+    w = xp.where(w > 0, w, xp.zeros_like(w))
+    D = xp.concat([xp.take(X.D, rest), w])
+    columns = xp.concat([xp.take(columns, rest, axis=1), picked @ V], axis=1)
+    order = xp.argsort(D, descending=True, stable=True)
+    D, columns = xp.take(D, order), xp.take(columns, order, axis=1)
+    return LowRank(columns, D) if X.mix is None else LowRank(X.basis, D, columns)

@@ -1,0 +1,236 @@
+"""Damped inverses of K-factor estimates and their application: Algorithm 1 l.15-18, Algorithm 8, §3.5.
+
+Damping: lam = phi * lambda_max of the method's own representation, taken before continuation (§6, footnote 23).
+Continuation: the d - m eigenvalues a representation misses are replaced by one level tau, so that
+(M~ + lam I)^-1 = U diag(1/(D + lam) - 1/(lam + tau)) U^T + 1/(lam + tau) I.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import array_api_compat as compat
+import numpy as np
+
+from .backend import cholesky_inverse, device_array, eps, namespace
+from .errors import InputError
+from .lowrank import LowRank
+from .stream import Array
+
+__all__ = [
+    "CONTINUATIONS",
+    "DampedInverse",
+    "DenseInverse",
+    "Inverse",
+    "continuation_level",
+    "damped_inverse",
+    "exact_inverse",
+    "lambda_max",
+    "precondition",
+    "precondition_linear",
+]
+
+
+class Inverse(Protocol):
+    """A damped inverse: something to apply to columns."""
+
+    def apply(self, X: Array) -> Array:
+        """(d, n) -> (d, n)."""
+        ...
+
+    def dense(self) -> Array:
+        """The (d, d) matrix."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class DampedInverse:
+    """(M~ + lam I)^-1 with M~ = `lowrank` continued at level tau. lam and tau are 0-d arrays."""
+
+    lowrank: LowRank
+    lam: Array
+    tau: Array
+
+    @cached_property
+    def shift(self) -> Array:
+        """1/(lam + tau): the inverse's eigenvalue on the missing modes."""
+        return 1 / (self.lam + self.tau)
+
+    @cached_property
+    def weights(self) -> Array:
+        """(m,) 1/(D + lam) - 1/(lam + tau), without cancellation; 0 on modes that are absent (D = 0)."""
+        D = self.lowrank.D
+        xp = namespace(D)
+        h = (self.tau - D) / ((D + self.lam) * (self.lam + self.tau))
+        return xp.where(D > 0, h, xp.zeros_like(h))
+
+    def apply(self, X: Array) -> Array:
+        """Algorithm 8 l.5 and l.7: O(d m n)."""
+        return self.lowrank.expand(self.weights[:, None] * self.lowrank.project(X)) + self.shift * X
+
+    @cached_property
+    def _dense(self) -> Array:
+        xp = namespace(self.lowrank.basis)
+        identity = xp.eye(self.lowrank.d, dtype=self.shift.dtype, device=compat.device(self.shift))
+        U = self.lowrank.U
+        return (U * self.weights[None, :]) @ U.T + self.shift * identity
+
+    def dense(self) -> Array:
+        return self._dense
+
+
+@dataclass(frozen=True, eq=False)
+class DenseInverse:
+    """A damped inverse held as a (d, d) matrix."""
+
+    matrix: Array
+
+    def apply(self, X: Array) -> Array:
+        return self.matrix @ X
+
+    def dense(self) -> Array:
+        return self.matrix
+
+
+def _none(X: LowRank, trace: Array | None) -> Array:
+    return namespace(X.D).zeros_like(X.D[0])
+
+
+def _min(X: LowRank, trace: Array | None) -> Array:
+    """§3.5: the smallest of the m modes used, numerically zero ones counting as 0."""
+    return _none(X, trace) if X.m >= X.d else X.D[-1]
+
+
+def _trace(X: LowRank, trace: Array | None) -> Array:
+    """tau = max(0, t - sum D)/(d - m): keeps the trace t of the EA factor (design §10).
+
+    Where D holds Rayleigh quotients of M on U, <M - U D U^T, I - U U^T> = t - sum D, so this tau is the one that
+    minimises ||M - U D U^T - tau (I - U U^T)||_F over tau >= 0.
+    """
+    if trace is None:
+        raise InputError("continuation 'trace' needs the trace of the EA factor")
+    xp = namespace(X.D)
+    modes = xp.sum(xp.astype(X.D > 0, X.D.dtype))
+    missing = xp.maximum(X.d - modes, xp.ones_like(modes))
+    tau = (trace - X.trace()) / missing
+    # What rounding leaves of t - sum D where nothing is missing is not a tail.
+    noise = eps(X.D) * trace
+    return xp.where((modes < X.d) & (tau > noise), tau, xp.zeros_like(tau))
+
+
+CONTINUATIONS: dict[str, Callable[[LowRank, Array | None], Array]] = {
+    "none": _none,
+    "min": _min,
+    "trace": _trace,
+}
+
+
+def continuation_level(X: LowRank, continuation: str, trace: Array | None = None) -> Array:
+    """tau, a 0-d array. `trace` is the EA factor's trace when X was formed, for continuation "trace".
+
+    Raises:
+        InputError: unknown continuation, or no trace where one is needed.
+    """
+    try:
+        level = CONTINUATIONS[continuation]
+    except KeyError:
+        raise InputError(f"continuation {continuation!r} is not one of {', '.join(CONTINUATIONS)}") from None
+    return level(X, trace)
+
+
+def check_phi(phi: float) -> None:
+    if not (phi > 0 and phi < float("inf")):
+        raise InputError(f"damping ratio phi must be positive and finite, got {phi}")
+
+
+def damped_inverse(
+    X: LowRank,
+    *,
+    phi: float | None = None,
+    lam: Array | None = None,
+    continuation: str = "min",
+    trace: Array | None = None,
+) -> DampedInverse:
+    """The damped, continued inverse of a representation.
+
+    Args:
+        X: the representation, at least one mode.
+        phi: damping ratio; lam = phi * lambda_max(X).
+        lam: a damping given instead (the reference's, for damping "common").
+        continuation: "none", "min" (the paper's) or "trace".
+        trace: trace of the EA factor, for "trace".
+
+    Raises:
+        InputError: phi not positive, or neither or both of phi and lam given.
+    """
+    if (phi is None) == (lam is None):
+        raise InputError("give one of phi and lam")
+    if X.m == 0:
+        raise InputError("the representation has no modes: no columns came in yet")
+    if lam is None:
+        assert phi is not None
+        check_phi(phi)
+        lam = phi * X.lambda_max
+    return DampedInverse(X, lam, continuation_level(X, continuation, trace))
+
+
+def exact_inverse(
+    M: Array, *, phi: float | None = None, lam: Array | None = None
+) -> tuple[DenseInverse, Array]:
+    """The reference: (M + lam I)^-1 by Cholesky with lam = phi * lambda_max(M), and lam. No EVD is needed.
+
+    Raises:
+        InputError: M is zero (nothing to damp by), not finite, or phi is not positive.
+    """
+    if lam is None:
+        if phi is None:
+            raise InputError("give one of phi and lam")
+        check_phi(phi)
+        top = lambda_max(M)
+        if not top > 0:
+            raise InputError("the EA factor is zero, so phi * lambda_max damps nothing")
+        lam = device_array(phi * top, M)
+    xp = namespace(M)
+    return DenseInverse(
+        cholesky_inverse(M + lam * xp.eye(M.shape[0], dtype=M.dtype, device=compat.device(M)))
+    ), lam
+
+
+def lambda_max(M: Array) -> float:
+    """Largest eigenvalue of a symmetric p.s.d. M (d, d) by Lanczos with full reorthogonalisation.
+
+    Stops at a Ritz residual of 1e-2 sqrt(eps) theta: the eigenvalue's error is the residual's square over the
+    gap, far below rounding for any spectrum that decays, and never more than the residual.
+    """
+    xp = namespace(M)
+    d = M.shape[0]
+    start = np.random.default_rng(0).standard_normal(d)
+    V = device_array(start[:, None] / np.linalg.norm(start), M)
+    alphas: list[float] = []
+    betas: list[float] = []
+    tolerance = 1e-2 * eps(M) ** 0.5
+    for j in range(d):
+        w = M @ V[:, j : j + 1]
+        alphas.append(float((V[:, j : j + 1].T @ w)[0, 0]))
+        for _ in range(2):
+            w = w - V @ (V.T @ w)
+        beta = float(xp.linalg.vector_norm(w))
+        if not np.isfinite(beta + alphas[-1]):
+            raise InputError("EA factor: NaN or Inf")
+        theta, S = np.linalg.eigh(np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1))
+        if beta * abs(S[-1, -1]) <= tolerance * abs(theta[-1]) or j == d - 1:
+            break
+        betas.append(beta)
+        V = xp.concat([V, w / beta], axis=1)
+    return float(theta[-1])
+
+
+def precondition(J: Array, inverse_G: Inverse, inverse_A: Inverse) -> Array:
+    """Algorithm 1 l.15-18: S = Gamma^-1 J A^-1 for J = Mat(g) (d_G, d_A); quadratic in d."""
+    return inverse_G.apply(inverse_A.apply(J.T).T)
+
+
+def precondition_linear(G: Array, A: Array, inverse_G: Inverse, inverse_A: Inverse) -> tuple[Array, Array]:
+    """Algorithm 8: the factors P (d_G, n), Q (d_A, n) of S = P Q^T = Gamma^-1 G A^T A^-1; linear in d."""
+    return inverse_G.apply(G), inverse_A.apply(A)

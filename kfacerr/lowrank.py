@@ -1,0 +1,74 @@
+"""A symmetric p.s.d. matrix U diag(D) U^T of low rank: what every process hands to the inverse."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from .backend import namespace
+from .stream import Array
+
+__all__ = ["LowRank"]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """U diag(D) U^T with U = basis, or U = basis @ mix not formed until it is asked for.
+
+    The Brand update in Gram form (`kfacerr.brand`) needs its r + n modes only through products, so it hands out
+    the second form; truncation then forms the r leading columns and no others.
+
+    A mode with D_i = 0 is absent: it carries no information, and its column of U may be zero.
+
+    Attributes:
+        basis: (d, p), orthonormal columns if `mix` is None.
+        D: (m,) eigenvalues, descending, non-negative.
+        mix: (p, m) or None.
+    """
+
+    basis: Array
+    D: Array
+    mix: Array | None = None
+
+    @property
+    def d(self) -> int:
+        return self.basis.shape[0]
+
+    @property
+    def m(self) -> int:
+        return self.D.shape[0]
+
+    @cached_property
+    def U(self) -> Array:
+        """(d, m) orthonormal columns (zero ones where D is 0 by numerical rank)."""
+        return self.basis if self.mix is None else self.basis @ self.mix
+
+    @property
+    def lambda_max(self) -> Array:
+        """Largest eigenvalue, a 0-d array."""
+        return self.D[0]
+
+    def project(self, X: Array) -> Array:
+        """U^T X: (d, n) -> (m, n)."""
+        Z = self.basis.T @ X
+        return Z if self.mix is None else self.mix.T @ Z
+
+    def expand(self, Z: Array) -> Array:
+        """U Z: (m, n) -> (d, n)."""
+        return self.basis @ (Z if self.mix is None else self.mix @ Z)
+
+    def apply(self, X: Array) -> Array:
+        """U diag(D) U^T X: (d, n) -> (d, n)."""
+        return self.expand(self.D[:, None] * self.project(X))
+
+    def truncate(self, r: int) -> "LowRank":
+        """The r leading modes: the optimal rank-r truncation in every unitarily invariant norm."""
+        if self.mix is None:
+            return self if r >= self.m else LowRank(self.basis[:, :r], self.D[:r])
+        return LowRank(self.basis @ self.mix[:, :r], self.D[:r])
+
+    def dense(self) -> Array:
+        """The (d, d) matrix."""
+        return (self.U * self.D[None, :]) @ self.U.T
+
+    def trace(self) -> Array:
+        """Sum of D, a 0-d array."""
+        return namespace(self.D).sum(self.D)

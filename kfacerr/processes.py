@@ -1,0 +1,307 @@
+"""The K-factor processes: EA factor (8), R-KFAC (9), B-KFAC (10), and Algorithms 1, 4, 5 and 7 on one factor.
+
+Protocol. At every iteration k that brings columns X_k a driver calls, for each process,
+
+    process.begin(k, factor)        # factor holds M_{k-1}
+    factor.update(X_k)              # (8), once for all processes; only if one of them needs the factor
+    process.update(k, X_k, factor)  # factor holds M_k
+
+and reads `process.estimate`. The error study and the optimizers drive the same objects. A process of your own
+is a subclass of `Process`; `estimate` must be an `Estimate` after the first `update`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .backend import check_columns, namespace, rank_k_update
+from .brand import orthonormalised, symmetric_brand
+from .correction import correct
+from .errors import InputError
+from .lowrank import LowRank
+from .rsvd import evd, rsvd
+from .stream import Array
+
+__all__ = ["Brand", "BrandCorrected", "BrandRsvd", "EAFactor", "Estimate", "Evd", "Process", "Rsvd", "Sketch"]
+
+
+def check_rho(rho: float) -> None:
+    if not 0 < rho < 1:
+        raise InputError(f"decay rho must lie in (0, 1), got {rho}")
+
+
+def _mean_square(X: Array) -> Array:
+    """||X||_F^2 = tr(X X^T), a 0-d array."""
+    return namespace(X).sum(X * X)
+
+
+class EAFactor:
+    """The exponentially averaged K-factor (8): M_0 = X_0 X_0^T, M_k = rho M_{k-1} + (1 - rho) X_k X_k^T.
+
+    Attributes:
+        M: (d, d), or None before the first columns. Updated in place: copy it to keep it.
+        trace: tr M by its scalar recursion, a 0-d array.
+    """
+
+    def __init__(self, rho: float) -> None:
+        check_rho(rho)
+        self.rho = rho
+        self.M: Array = None
+        self.trace: Array = None
+
+    def update(self, X: Array) -> None:
+        """Absorbs columns X (d, n)."""
+        check_columns(X, None if self.M is None else self.M.shape[0])
+        if self.M is None:
+            self.M = X @ X.T
+            self.trace = _mean_square(X)
+        else:
+            namespace(self.M, X)
+            self.M = rank_k_update(self.M, X, alpha=1 - self.rho, beta=self.rho)
+            self.trace = self.rho * self.trace + (1 - self.rho) * _mean_square(X)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"M": self.M, "trace": self.trace}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.M, self.trace = state["M"], state["trace"]
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """What a process holds: a representation of M and the trace of the EA factor when it was formed."""
+
+    lowrank: LowRank
+    trace: Array
+
+
+class Clock:
+    """Says when an event of period T iterations is due: at the first call of every [origin + jT, origin + (j+1)T).
+
+    Counting intervals rather than testing k % T keeps the event where updates come at other steps than its own.
+    """
+
+    def __init__(self, period: int) -> None:
+        if period < 1:
+            raise InputError(f"a period of at least 1 iteration is needed, got {period}")
+        self.period = period
+        self.origin = 0
+        self.last: int | None = None
+
+    def due(self, k: int) -> bool:
+        interval = (k - self.origin) // self.period
+        if interval == self.last:
+            return False
+        self.last = interval
+        return True
+
+    def restart(self, k: int) -> None:
+        """Counts from iteration k on, where the event is due again."""
+        self.origin, self.last = k, None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"origin": self.origin, "last": self.last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.origin, self.last = state["origin"], state["last"]
+
+
+class Process:
+    """One K-factor estimate that follows the EA factor; see the module's docstring for the protocol.
+
+    Attributes:
+        needs_factor: whether `begin` and `update` read the dense factor; if not, they may be given None.
+        forgets: whether the heaviest update depends on the EA factor alone, so that a driver may leave out all
+            updates before it.
+        estimate: the current estimate, None before the first update.
+        rng: the random source, for processes that draw.
+    """
+
+    needs_factor: ClassVar[bool] = True
+    forgets: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self.estimate: Estimate | None = None
+        self.rng: np.random.Generator | None = None
+
+    def clocks(self) -> dict[str, Clock]:
+        """The process's schedules by the paper's names."""
+        return {}
+
+    def restart(self, k: int) -> None:
+        """Counts all periods from iteration k on: its heaviest update falls on the next step."""
+        for clock in self.clocks().values():
+            clock.restart(k)
+
+    def begin(self, k: int, factor: EAFactor | None) -> None:
+        """Called with M_{k-1}, before the factor absorbs X_k."""
+
+    def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
+        """Called with X_k (d, n) and M_k."""
+        raise NotImplementedError
+
+    def refresh(self, k: int, factor: EAFactor) -> None:
+        """The heaviest update from M_k alone, at a step that brings no columns. Only where `forgets`."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nested dicts of arrays and plain values; `load_state_dict` of a process made alike restores it."""
+        state: dict[str, Any] = {name: clock.state_dict() for name, clock in self.clocks().items()}
+        if self.rng is not None:
+            state["rng"] = self.rng.bit_generator.state
+        if self.estimate is not None:
+            X = self.estimate.lowrank
+            state["estimate"] = {"basis": X.basis, "D": X.D, "mix": X.mix, "trace": self.estimate.trace}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, clock in self.clocks().items():
+            clock.load_state_dict(state[name])
+        if self.rng is not None:
+            self.rng.bit_generator.state = state["rng"]
+        held = state.get("estimate")
+        self.estimate = held and Estimate(LowRank(held["basis"], held["D"], held["mix"]), held["trace"])
+
+
+class Periodic(Process):
+    """A decomposition of M_k alone, once in T_inv iterations."""
+
+    forgets = True
+
+    def __init__(self, *, T_inv: int) -> None:
+        super().__init__()
+        self.T_inv = Clock(T_inv)
+
+    def clocks(self) -> dict[str, Clock]:
+        return {"T_inv": self.T_inv}
+
+    def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
+        if self.T_inv.due(k):
+            assert factor is not None
+            self.estimate = Estimate(self.decompose(factor.M), factor.trace)
+
+    def refresh(self, k: int, factor: EAFactor) -> None:
+        self.T_inv.due(k)
+        self.estimate = Estimate(self.decompose(factor.M), factor.trace)
+
+    def decompose(self, M: Array) -> LowRank:
+        raise NotImplementedError
+
+
+class Evd(Periodic):
+    """K-FAC: the exact EVD of M_k."""
+
+    def decompose(self, M: Array) -> LowRank:
+        return evd(M)
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """How an RSVD is taken: random source, oversampling r_o, power iterations, RS (`rsvd`) or SRE (`srevd`)."""
+
+    rng: np.random.Generator
+    oversampling: int = 10
+    n_pwr_it: int = 4
+    method: Callable[..., LowRank] = rsvd
+
+    def __call__(self, M: Array, rank: int) -> LowRank:
+        return self.method(M, rank, oversampling=self.oversampling, n_pwr_it=self.n_pwr_it, rng=self.rng)
+
+
+class Rsvd(Periodic):
+    """R-KFAC (9), Algorithm 1 l.13: the rank-r RSVD of M_k. With a T_inv beyond the run: "no update"."""
+
+    def __init__(self, rank: int, sketch: Sketch, *, T_inv: int) -> None:
+        super().__init__(T_inv=T_inv)
+        self.rank = rank
+        self.sketch = sketch
+        self.rng = sketch.rng
+
+    def decompose(self, M: Array) -> LowRank:
+        return self.sketch(M, self.rank)
+
+
+class Brand(Process):
+    """B-KFAC (10), Algorithm 4: truncate to rank r, then the symmetric Brand update with the new columns.
+
+    Never forms a (d, d) array. The estimate has rank r + n: truncation happens just before the next update.
+    """
+
+    needs_factor = False
+
+    def __init__(self, rank: int, *, rho: float) -> None:
+        super().__init__()
+        check_rho(rho)
+        if rank < 1:
+            raise InputError(f"a truncation rank of at least 1 is needed, got {rank}")
+        self.rank = rank
+        self.rho = rho
+
+    def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
+        if self.estimate is None:
+            # M_B,0 = X_0 X_0^T: exact thin factorisation of the first columns.
+            self.estimate = Estimate(symmetric_brand(None, X), _mean_square(X))
+            return
+        B = orthonormalised(self.estimate.lowrank.truncate(self.rank))  # l.3-4
+        kept = LowRank(B.U, self.rho * B.D)
+        trace = self.rho * self.estimate.trace + (1 - self.rho) * _mean_square(X)
+        self.estimate = Estimate(symmetric_brand(kept, (1 - self.rho) ** 0.5 * X), trace)  # l.6-7
+
+
+class BrandRsvd(Brand):
+    """B-R-KFAC, Algorithm 5: B_{k-1} is overwritten by the RSVD of M_{k-1} once in T_RSVD iterations."""
+
+    needs_factor = True
+    forgets = True
+
+    def __init__(self, rank: int, sketch: Sketch, *, rho: float, T_rsvd: int) -> None:
+        super().__init__(rank, rho=rho)
+        self.sketch = sketch
+        self.rng = sketch.rng
+        self.T_rsvd = Clock(T_rsvd)
+
+    def clocks(self) -> dict[str, Clock]:
+        return {"T_rsvd": self.T_rsvd}
+
+    def begin(self, k: int, factor: EAFactor | None) -> None:
+        assert factor is not None
+        if self.T_rsvd.due(k) and factor.M is not None:
+            self._overwrite(factor)
+
+    def refresh(self, k: int, factor: EAFactor) -> None:
+        self.T_rsvd.due(k)
+        self._overwrite(factor)
+
+    def _overwrite(self, factor: EAFactor) -> None:
+        self.estimate = Estimate(self.sketch(factor.M, self.rank), factor.trace)
+
+
+class BrandCorrected(Brand):
+    """B-KFAC-C, Algorithm 7: once in T_corct iterations the estimate is corrected on random modes (Alg. 6)."""
+
+    needs_factor = True
+
+    def __init__(
+        self, rank: int, *, rho: float, T_corct: int, phi_corct: float, rng: np.random.Generator
+    ) -> None:
+        super().__init__(rank, rho=rho)
+        if not 0 < phi_corct <= 1:
+            raise InputError(f"phi_corct must lie in (0, 1], got {phi_corct}")
+        self.T_corct = Clock(T_corct)
+        self.phi_corct = phi_corct
+        self.rng = rng
+
+    def clocks(self) -> dict[str, Clock]:
+        return {"T_corct": self.T_corct}
+
+    def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
+        super().update(k, X, factor)
+        if not self.T_corct.due(k):
+            return
+        assert factor is not None and self.estimate is not None
+        modes = self.estimate.lowrank.m
+        count = min(round(self.phi_corct * self.rank), modes)  # n_crc
+        idx = self.rng.choice(modes, size=count, replace=False)
+        self.estimate = Estimate(correct(self.estimate.lowrank, factor.M, idx), self.estimate.trace)

@@ -1,0 +1,84 @@
+"""Decompositions of a dense EA factor M: exact EVD (K-FAC), randomised SVD (RS-KFAC) and EVD (SRE-KFAC).
+
+Halko, Martinsson & Tropp, SIAM Review 53 (2011), for a symmetric p.s.d. M: the range finder is
+Q = orth(M^(q+1) W) with W Gaussian of r + r_o columns and q power iterations, orthonormalised in between.
+M being symmetric, one power iteration is one product with M.
+"""
+
+import numpy as np
+
+from .backend import eigh_descending, eps, namespace, normal
+from .errors import InputError
+from .lowrank import LowRank
+from .stream import Array
+
+__all__ = ["evd", "rsvd", "srevd"]
+
+
+def evd(M: Array, r: int | None = None) -> LowRank:
+    """The exact EVD of M (d, d) symmetric p.s.d., truncated to r modes if r is given. Cubic in d."""
+    w, V = eigh_descending(M, "EA factor")
+    return LowRank(V, _without_null(w)).truncate(M.shape[0] if r is None else r)
+
+
+def rsvd(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.Generator) -> LowRank:
+    """RS-KFAC: V diag(S) V^T from the SVD of Q^T M = W diag(S) V^T, truncated to r (Algorithm 1 l.13).
+
+    The right singular vectors are used on both sides, as Algorithm 1 l.16-17 do. Before truncation this is
+    (M Q Q^T M)^(1/2), and M Q Q^T M <= M^2 with the operator monotone square root gives M~ <= M: unlike
+    Q Q^T M Q Q^T, the RS estimate keeps M - M~ p.s.d. also with a finite projection error.
+
+    Args:
+        M: (d, d) symmetric p.s.d.
+        r: target rank.
+        oversampling: r_o, extra columns of the sketch.
+        n_pwr_it: power iterations q.
+        rng: where the Gaussian sketch comes from.
+
+    Returns:
+        min(r, d) modes; exact if r + r_o >= d.
+    """
+    if _covers(M, r, oversampling, n_pwr_it):
+        return evd(M, r)
+    xp = namespace(M)
+    Q = _range(M, r + oversampling, n_pwr_it, rng)
+    # SVD of the tall M Q through its QR: a Gram matrix would square the singular values.
+    QZ, RZ = xp.linalg.qr(M @ Q)
+    U, S, _ = xp.linalg.svd(RZ, full_matrices=False)
+    return LowRank(QZ @ U[:, :r], _without_null(S[:r], M.shape[0]))
+
+
+def srevd(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.Generator) -> LowRank:
+    """SRE-KFAC: the EVD of Q^T M Q, so that M~ = Q Q^T M Q Q^T truncated to r. Arguments as for `rsvd`.
+
+    With a finite projection error M - M~ is not p.s.d. in general.
+    """
+    if _covers(M, r, oversampling, n_pwr_it):
+        return evd(M, r)
+    Q = _range(M, r + oversampling, n_pwr_it, rng)
+    C = Q.T @ (M @ Q)
+    w, V = eigh_descending((C + C.T) / 2, "EA factor")
+    return LowRank(Q @ V[:, :r], _without_null(w[:r], M.shape[0]))
+
+
+def _covers(M: Array, r: int, oversampling: int, n_pwr_it: int) -> bool:
+    if r < 1 or oversampling < 0 or n_pwr_it < 0:
+        raise InputError(
+            f"rank >= 1, oversampling >= 0 and n_pwr_it >= 0 are needed, got {r}, {oversampling}, {n_pwr_it}"
+        )
+    return r + oversampling >= M.shape[0]
+
+
+def _range(M: Array, columns: int, n_pwr_it: int, rng: np.random.Generator) -> Array:
+    """(d, columns) orthonormal basis of M^(q+1) W."""
+    xp = namespace(M)
+    Y = normal(rng, (M.shape[0], columns), M)
+    for _ in range(n_pwr_it + 1):
+        Y, _ = xp.linalg.qr(M @ Y)
+    return Y
+
+
+def _without_null(w: Array, d: int | None = None) -> Array:
+    """Eigenvalues with the numerically zero ones (and rounding's negative ones) set to 0."""
+    xp = namespace(w)
+    return xp.where(w > (d or w.shape[0]) * eps(w) * w[0], w, xp.zeros_like(w))
