@@ -8,9 +8,11 @@ but no QR of tall columns, and only those eigenvectors are formed that a caller 
 Accuracy. K is graded: K = S R S with S = diag(|y_i|) and R of unit diagonal, and the products carry an error of
 about eps in R, that is eps |S v|^2 along an eigenvector v. So a mode is numerically null where
 L_i <= c eps |S v_i|^2, whatever L_i / L_1 is: a tiny column orthogonal to all others survives, a column that lies
-in span(U) adds no mode. The modes kept lose orthonormality to eps |S v_i|^2 / L_i; `orthonormalised` measures
-that on the carried modes and, where it is too much, takes the Gram step once more ("twice is enough"). The small
-EVD is in float64, for the grading.
+in span(U) adds no mode. The EVD of K is in float64, for the grading, and adds eps64 L_1. The kept modes lose
+orthonormality to (eps |S v_i|^2 + eps64 L_1) / L_i, though V diag(L)^(1/2) times its transpose still is K. Where
+that is much above eps (columns nearly, but not quite, in the span of others; or strong grading) those modes are
+formed and made orthonormal by their own, well-conditioned Gram matrix ("twice is enough"). `orthonormalised`
+measures what is left on the carried modes, and does the same if rounding has added up over updates.
 """
 
 import functools
@@ -18,12 +20,18 @@ import functools
 import array_api_compat as compat
 import numpy as np
 
-from .backend import check_columns, device_array, eigh_descending, eps, namespace
+from .backend import check_columns, device_array, eigh_descending, eps, namespace, to_numpy
 from .errors import InputError
 from .lowrank import LowRank
 from .stream import Array
 
 __all__ = ["brand", "orthonormalised", "symmetric_brand"]
+
+DOUBT = 64
+"""How many times eps the bound on a mode's loss of orthonormality may be before it is made orthonormal again."""
+
+NEARLY_DEPENDENT = 1e-2
+"""Squared length below which a formed mode's direction repeats the others: a mode that rounding made."""
 
 
 def brand(U: Array, D: Array, V: Array, A: Array, B: Array) -> tuple[Array, Array, Array]:
@@ -66,14 +74,15 @@ def symmetric_brand(X: LowRank | None, A: Array) -> LowRank:
         A: (d, n) columns; n = 0 is allowed.
 
     Returns:
-        r + n modes (at most d), of which those that are numerically zero have D_i = 0; U is not formed yet.
+        r + n modes (at most d), of which those that are numerically zero have D_i = 0. U is not formed yet; it is
+        orthonormal to a small multiple of eps on the others.
 
     Raises:
         InputError: shapes, dtypes or backends do not fit, or NaN or Inf in the columns.
     """
     check_columns(A, None if X is None else X.d)
     if X is None or X.m == 0:
-        return _evd_of_gram(A, None, A.T @ A)
+        return _once_more(*_evd_of_gram(A, None, A.T @ A))
     xp = namespace(X.basis, A)
     if X.m + A.shape[1] >= X.d:
         return _dense_evd(X.dense() + A @ A.T)
@@ -84,26 +93,29 @@ def symmetric_brand(X: LowRank | None, A: Array) -> LowRank:
         axis=0,
     )
     scale = xp.concat([xp.sqrt(X.D), xp.ones_like(A[0, :])])
-    return _evd_of_gram(xp.concat([X.U, A], axis=1), scale, gram)
+    return _once_more(*_evd_of_gram(xp.concat([X.U, A], axis=1), scale, gram))
 
 
 def orthonormalised(X: LowRank) -> LowRank:
     """X with U formed and orthonormal to a small multiple of eps, taking the Gram step again if it is not."""
-    if X.m == 0 or _defect(X.U, X.D) <= 256 * eps(X.D):
+    if X.m == 0 or _defect(X.U, X.D) <= 4 * DOUBT * eps(X.D):
         return LowRank(X.U, X.D)
-    xp = namespace(X.U)
-    again = _evd_of_gram(X.U, xp.sqrt(X.D), X.U.T @ X.U)
+    again = _made_orthonormal(X)
     return LowRank(again.U, again.D)
 
 
-def _evd_of_gram(Y: Array, scale: Array | None, gram: Array) -> LowRank:
-    """The EVD of (Y S)(Y S)^T, S = diag(scale), from the small matrix `gram` = Y^T Y."""
+def _evd_of_gram(Y: Array, scale: Array | None, gram: Array) -> tuple[LowRank, np.ndarray]:
+    """The EVD of (Y S)(Y S)^T, S = diag(scale), from the small matrix `gram` = Y^T Y.
+
+    Returns:
+        All modes, and (m,) booleans on the host: the modes that may have lost orthonormality.
+    """
     xp = namespace(Y)
     if Y.shape[1] > Y.shape[0]:
         S = Y if scale is None else Y * scale[None, :]
-        return _dense_evd(S @ S.T)
+        return _dense_evd(S @ S.T), np.zeros(Y.shape[0], dtype=bool)
     if Y.shape[1] == 0:
-        return LowRank(Y, Y[0, :])
+        return LowRank(Y, Y[0, :]), np.zeros(0, dtype=bool)
     s = xp.ones_like(Y[0, :]) if scale is None else scale
     s = xp.astype(s, xp.float64)
     K = s[:, None] * xp.astype(gram, xp.float64) * s[None, :]
@@ -120,7 +132,64 @@ def _evd_of_gram(Y: Array, scale: Array | None, gram: Array) -> LowRank:
     L = xp.where(kept, L, 0 * one)
     order = xp.argsort(L, descending=True, stable=True)
     mix = xp.take(s[:, None] * V * inverse_root[None, :], order, axis=1)
-    return LowRank(Y, xp.astype(xp.take(L, order), Y.dtype), xp.astype(mix, Y.dtype))
+    loss = xp.maximum(eps(Y) * graded, unit * xp.max(L) * one)
+    doubt = to_numpy(xp.take(kept & (loss > DOUBT * eps(Y) * L), order))
+    return LowRank(Y, xp.astype(xp.take(L, order), Y.dtype), xp.astype(mix, Y.dtype)), doubt
+
+
+def _once_more(X: LowRank, doubt: np.ndarray) -> LowRank:
+    """X with its modes in doubt formed, W = U[:, doubt], and U = [U[:, others], W] made orthonormal.
+
+    Only the Gram matrix's rows of W are computed: the others are orthonormal already. The basis becomes [Y, W], since
+    as a product Y mix a mode cannot be better than eps |S v_i| / L_i^(1/2).
+    """
+    if not doubt.any():
+        return X
+    if 2 * doubt.sum() > X.m:
+        return _made_orthonormal(LowRank(X.U, X.D))
+    xp = namespace(X.basis)
+    sure, unsure = (device_array(np.flatnonzero(which), X.basis) for which in (~doubt, doubt))
+    mix = xp.take(X.mix, sure, axis=1)
+    W = X.basis @ xp.take(X.mix, unsure, axis=1)
+    C = mix.T @ (X.basis.T @ W)
+    eye = xp.eye(mix.shape[1], dtype=W.dtype, device=compat.device(W))
+    gram = xp.concat([xp.concat([eye, C], axis=1), xp.concat([C.T, W.T @ W], axis=1)], axis=0)
+    D, rotation = _orthonormalising(gram, xp.concat([xp.take(X.D, sure), xp.take(X.D, unsure)]))
+    return LowRank(
+        xp.concat([X.basis, W], axis=1),
+        D,
+        xp.concat([mix @ rotation[: mix.shape[1], :], rotation[mix.shape[1] :, :]], axis=0),
+    )
+
+
+def _made_orthonormal(X: LowRank) -> LowRank:
+    """X = U diag(D) U^T, U formed and nearly orthonormal, as the same matrix with U orthonormal to rounding."""
+    D, rotation = _orthonormalising(X.U.T @ X.U, X.D)
+    return LowRank(X.U, D, rotation)
+
+
+def _orthonormalising(gram: Array, D: Array) -> tuple[Array, Array]:
+    """(D', R) with U R orthonormal and (U R) diag(D') (U R)^T = U diag(D) U^T, for gram = U^T U near I.
+
+    R = H P with H = gram^(-1/2) and P of the EVD of H^-1 diag(D) H^-1: orthogonal to rounding, however graded D is.
+    Modes with D = 0 stay absent; at the eigenvalue -max(D) they do not mix with the small ones.
+    """
+    xp = namespace(gram, D)
+    values = xp.astype(D, xp.float64)
+    eye = xp.eye(D.shape[0], dtype=xp.float64, device=compat.device(D))
+    alive = (values > 0)[:, None] & (values > 0)[None, :]
+    g, Q = eigh_descending(xp.where(alive, xp.astype(gram, xp.float64), eye), "Brand update")
+    independent = g > NEARLY_DEPENDENT
+    root = xp.sqrt(xp.where(independent, g, xp.ones_like(g)))
+    absent = -xp.max(values)
+    values = xp.where(values > 0, values, absent)
+    half = root[:, None] * Q.T  # of gram^(1/2), up to the rotation Q that the EVD undoes
+    K = (half * values[None, :]) @ half.T
+    fine = independent[:, None] & independent[None, :]
+    K = xp.where(fine, K, absent * eye)
+    w, P = eigh_descending((K + K.T) / 2, "Brand update")
+    w = xp.where(w > D.shape[0] * eps(w) * w[0], w, xp.zeros_like(w))
+    return xp.astype(w, D.dtype), xp.astype((Q / root[None, :]) @ P, D.dtype)
 
 
 def _dense_evd(M: Array) -> LowRank:

@@ -63,7 +63,8 @@ class LowRank:
         """The r leading modes: the optimal rank-r truncation in every unitarily invariant norm."""
         if self.mix is None:
             return self if r >= self.m else LowRank(self.basis[:, :r], self.D[:r])
-        return LowRank(self.basis @ self.mix[:, :r], self.D[:r])
+        kept = min(r, self.m)
+        return LowRank(self.basis @ self.mix[:, :kept], self.D[:kept])
 
     def dense(self) -> Array:
         """The (d, d) matrix."""

@@ -22,11 +22,13 @@ def inverse_error(inverse: Inverse, reference: Inverse) -> float:
     R = reference.dense()
     xp = namespace(R)
     total = 0.0
-    low = isinstance(inverse, DampedInverse) and 2 * inverse.lowrank.m < inverse.lowrank.d
-    dense = None if low else inverse.dense()
     for a in range(0, R.shape[0], BLOCK):
-        rows = R[a : a + BLOCK, :]
-        block = _rows(inverse, a, rows.shape[0]) if dense is None else dense[a : a + BLOCK, :]
+        b = min(a + BLOCK, R.shape[0])
+        rows = R[a:b, :]
+        if isinstance(inverse, DampedInverse) and 2 * inverse.lowrank.m < inverse.lowrank.d:
+            block = _rows(inverse, a, b - a)
+        else:  # forming it once (it is kept) costs less than its rows anew at every update
+            block = inverse.dense()[a:b, :]
         total += float(xp.linalg.vector_norm(block - rows)) ** 2
     return total**0.5 / float(xp.linalg.vector_norm(R))
 

@@ -197,7 +197,7 @@ class Evd(Periodic):
         return evd(M)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sketch:
     """How an RSVD is taken: random source, oversampling r_o, power iterations, RS (`rsvd`) or SRE (`srevd`)."""
 
@@ -283,9 +283,7 @@ class BrandCorrected(Brand):
 
     needs_factor = True
 
-    def __init__(
-        self, rank: int, *, rho: float, T_corct: int, phi_corct: float, rng: np.random.Generator
-    ) -> None:
+    def __init__(self, rank: int, *, rho: float, T_corct: int, phi_corct: float, rng: np.random.Generator) -> None:
         super().__init__(rank, rho=rho)
         if not 0 < phi_corct <= 1:
             raise InputError(f"phi_corct must lie in (0, 1], got {phi_corct}")
@@ -300,7 +298,7 @@ class BrandCorrected(Brand):
         super().update(k, X, factor)
         if not self.T_corct.due(k):
             return
-        assert factor is not None and self.estimate is not None
+        assert factor is not None and self.estimate is not None and self.rng is not None
         modes = self.estimate.lowrank.m
         count = min(round(self.phi_corct * self.rank), modes)  # n_crc
         idx = self.rng.choice(modes, size=count, replace=False)

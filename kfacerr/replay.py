@@ -24,7 +24,7 @@ from .inverse import (
     precondition_linear,
 )
 from .metrics import METRICS, angle_error, inverse_error, norm_error
-from .processes import EAFactor, Estimate, Process
+from .processes import BrandRsvd, EAFactor, Estimate, Process, Rsvd
 from .stream import Array, Step, Window
 
 __all__ = ["DAMPINGS", "ErrorStudy", "Row", "table"]
@@ -155,6 +155,8 @@ class ErrorStudy:
         else:
             pairs = {n: (make_process(n, settings, "A"), make_process(n, settings, "G")) for n in algorithms}
         self.names = tuple(pairs)
+        # A rank given in a name stands; every other follows `tune`.
+        self._tunable = [p for n, pair in pairs.items() if "rank=" not in n for p in pair if hasattr(p, "rank")]
         self.sides = {
             "A": _Side(settings.rho, {n: pair[0] for n, pair in pairs.items()}),
             "G": _Side(settings.rho, {n: pair[1] for n, pair in pairs.items()}),
@@ -170,6 +172,14 @@ class ErrorStudy:
         """All processes of both factors."""
         for side in self.sides.values():
             yield from side.processes.values()
+
+    def tune(self, *, rank: int, oversampling: int) -> None:
+        """Sets r and r_o from now on, for schedules such as the paper's r(k), r_o(k)."""
+        for process in self._tunable:
+            process.rank = rank
+        for process in self.processes:
+            if isinstance(process, Rsvd | BrandRsvd):
+                process.sketch.oversampling = oversampling
 
     def window(self, k: int) -> Window | None:
         """The window iteration k is measured in, if any. Such iterations are pushed even without an update."""

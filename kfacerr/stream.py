@@ -4,6 +4,7 @@ A stream is any iterable of `Step`. Training yields it live (`kfacerr.torch.hook
 (`kfacerr.recording`), and `kfacerr.replay` consumes it; none of them knows the other.
 """
 
+from numbers import Integral
 from typing import Any, NamedTuple
 
 Array = Any  # a NumPy, CuPy, torch or any other Array API array
@@ -47,4 +48,4 @@ class Window(NamedTuple):
     epoch: int = 0
 
     def __contains__(self, k: object) -> bool:
-        return isinstance(k, int) and self.start <= k < self.start + self.length
+        return isinstance(k, Integral) and self.start <= int(k) < self.start + self.length

@@ -66,9 +66,7 @@ class Dataset:
         """The first `n_train` train images (as the official order is shuffled), and the whole test set."""
         if not 1 <= n_train <= len(self.train_images):
             raise InputError(f"{self.name}: n_train = {n_train} of {len(self.train_images)} train images")
-        return replace(
-            self, train_images=self.train_images[:n_train], train_labels=self.train_labels[:n_train]
-        )
+        return replace(self, train_images=self.train_images[:n_train], train_labels=self.train_labels[:n_train])
 
 
 @dataclass(frozen=True)
@@ -248,8 +246,7 @@ def _verified_name(contents: Mapping[Path, bytes], expected: Mapping[str, str], 
     if not altered:
         return "CIFAR-10"
     is_jpeg75 = all(
-        hashlib.sha256(content).hexdigest() == _JPEG75_SHA256.get(file.name)
-        for file, content in contents.items()
+        hashlib.sha256(content).hexdigest() == _JPEG75_SHA256.get(file.name) for file, content in contents.items()
     )
     name = "CIFAR-10 (JPEG-75)" if is_jpeg75 else "CIFAR-10 (modified)"
     if not accept_modified:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from kfacerr.errors import InputError
 from studies.data import Dataset
-from studies.networks import vgg16_bn
+from studies.networks import VGG16BN, vgg16_bn
 from studies.schedules import cosine_learning_rate
 
 PADDING = 4  # of the random crop (design §4)
@@ -44,7 +44,7 @@ class TrainingConfig:
     width: float = 1.0
     seed: int = 0
     driver: str = "sgd"
-    learning_rate: float = 0.05
+    learning_rate: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
     augment: bool = True
@@ -79,9 +79,7 @@ def _sgd(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
 
 
 DRIVERS = {
-    "sgd": Driver(
-        _sgd, lambda config, epoch: cosine_learning_rate(epoch, config.epochs, config.learning_rate)
-    ),
+    "sgd": Driver(_sgd, lambda config, epoch: cosine_learning_rate(epoch, config.epochs, config.learning_rate)),
 }
 
 
@@ -185,7 +183,8 @@ class Training:
         self.k = 0
         torch.manual_seed(derived_seed(config.seed, Purpose.WEIGHTS, 0))
         model = vgg16_bn(config.width, len(dataset.classes))  # drawn on the CPU: the same for every device
-        self.model = model.to(self.device).to(memory_format=torch.channels_last)
+        # PyTorch's annotation of Module.to leaves out memory_format alone.
+        self.model: VGG16BN = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._driver = driver or find_driver(config.driver)
         self.optimizer = self._driver.make_optimizer(self.model, config)
         self._identity = {
@@ -291,9 +290,7 @@ class Training:
         for k, loss in enumerate(losses, first):
             if not math.isfinite(loss):
                 epoch = k // self.steps_per_epoch
-                raise InputError(
-                    f"the training diverged: the loss is {loss} at iteration {k} (epoch {epoch})"
-                )
+                raise InputError(f"the training diverged: the loss is {loss} at iteration {k} (epoch {epoch})")
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, for `studies.files.save_checkpoint`. Refuses a diverged run."""

@@ -14,7 +14,7 @@ from kfacerr.errors import InputError
 from kfacerr.torch import ColumnHooks
 from kfacerr.torch.hooks import conv2d_columns, followable_layers, linear_columns
 
-FAST = settings(max_examples=60, deadline=None, derandomize=True)
+FAST = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def _gradient(layer: nn.Module) -> Tensor:

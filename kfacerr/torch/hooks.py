@@ -4,8 +4,8 @@ The mathematics (`linear_columns`, `conv2d_columns`) stands apart from the hooks
 
 **Scaling.** With b the batch size and a loss that is averaged over the batch, column i of A is
 `[a_i; 1]/sqrt(b)` and column i of G is `sqrt(b) dLoss/do_i`, so that eq. (20), `Mat(g) = G A^T`, holds
-exactly: `G A^T = [weight.grad.flatten(1), bias.grad]`. Further dimensions of a Linear's input (a sequence) and the
-spatial positions T of a convolution are extra columns, n = b |T|, as in Grosse & Martens (2016), "A
+exactly: `G A^T = [weight.grad.flatten(1), bias.grad]`. Further dimensions of a Linear's input (a sequence)
+and the spatial positions T of a convolution are extra columns, n = b |T|, as in Grosse & Martens (2016), "A
 Kronecker-factored approximate Fisher matrix for convolution layers". Their factors are
 `Omega = E[sum_t a_t a_t^T]` and `Gamma = (1/|T|) E[sum_t ds_t ds_t^T]`, E the mean over the batch and ds the
 gradient of one sample's own loss. Here `A A^T = Omega` and `G G^T = |T| Gamma`. Damping by a share of the
@@ -44,9 +44,7 @@ def linear_columns(layer: nn.Linear, x: Tensor, grad: Tensor) -> Columns:
         either input is.
     """
     batch = x.shape[0] if x.ndim > 1 else 1
-    return _scaled(
-        x.reshape(-1, x.shape[-1]).T, grad.reshape(-1, grad.shape[-1]).T, batch, layer.bias is not None
-    )
+    return _scaled(x.reshape(-1, x.shape[-1]).T, grad.reshape(-1, grad.shape[-1]).T, batch, layer.bias is not None)
 
 
 def conv2d_columns(layer: nn.Conv2d, x: Tensor, grad: Tensor) -> Columns:
@@ -143,9 +141,9 @@ class ColumnHooks:
             A, G = hooks.pop()["classifier.0"]
 
     Nothing is captured while `enabled` is False, under `no_grad`, or where a layer's output needs no
-    gradient, so evaluation between the steps disturbs nothing. The input is held by reference, not copied, from the
-    forward until `pop()`, where the columns are formed. Copies of a hooked model (deepcopy, pickle) carry
-    no live hooks.
+    gradient, so evaluation between the steps disturbs nothing. The input is held by reference, not copied,
+    from the forward until `pop()`, where the columns are formed. Copies of a hooked model (deepcopy, pickle)
+    carry no live hooks.
 
     One forward, one backward, one `pop()`: with micro-batches, pop after each. A forward whose backward never
     came is forgotten at the next forward of the model. What would give wrong columns is refused with an
@@ -222,9 +220,7 @@ class ColumnHooks:
                 f"layer {name!r} was not reached by a forward with gradients since the last pop(){why}"
             )
         if capture.grad is None:
-            raise InputError(
-                f"layer {name!r} was reached by the forward but by no backward: nothing to pop()"
-            )
+            raise InputError(f"layer {name!r} was reached by the forward but by no backward: nothing to pop()")
         if capture.x._version != capture.version:
             raise InputError(f"layer {name!r}: its input was overwritten in place between forward and pop()")
         with torch.no_grad():

@@ -1,0 +1,112 @@
+"""From a study's CSVs to its figures and tables; reads nothing else, so that results can be rendered anywhere."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kfacerr.errors import InputError
+from kfacerr.metrics import METRICS
+from kfacerr.plot import error_figure
+
+__all__ = ["PAPER_TABLE_1", "render", "spectrum_figure", "table_1"]
+
+PAPER_TABLE_1 = {  # Table 1: average metrics (1)-(4) at epoch 30, and t_epoch in seconds on a V100
+    "K-FAC T_inv=50": (1.51e-3, 8.42e-2, 2.69e-1, 14.4e-2, 169.0),
+    "R-KFAC T_inv=50": (4.65e-3, 10.4e-2, 2.96e-1, 14.6e-2, 58.5),
+    "R-KFAC T_inv=10": (4.8e-3, 4.9e-2, 0.43e-1, 0.02e-2, 71.2),
+    "B-KFAC": (48.6e-3, 1.02e-2, 2.40e-1, 29.0e-2, 59.2),
+    "B-KFAC-C": (11.9e-3, 1.04e-2, 1.22e-1, 0.77e-2, 59.4),
+    "B-R-KFAC": (3.40e-3, 1.81e-2, 0.40e-1, 0.74e-2, 59.5),
+}
+
+
+def render(run: Path) -> None:
+    """Writes Figures 1 and 2 and the spectra (PDF and PNG) and Table 1 (Markdown and CSV) into `run`.
+
+    Raises:
+        InputError: `run` has no errors.csv, or it is not a table of errors.
+    """
+    errors = _read(run / "errors.csv", ("algorithm", "k", "metric", "value", "epoch", "seed"))
+    seeds = errors.seed.nunique()
+    note = f"mean of {seeds} seeds, band: their range" if seeds > 1 else ""
+    _save(error_figure(errors, METRICS[:2], title=note), run / "figure1")
+    _save(error_figure(errors, METRICS[2:], title=note), run / "figure2")
+    spectra = run / "spectra.csv"
+    if spectra.exists():
+        _save(spectrum_figure(_read(spectra, ("seed", "epoch", "factor", "index", "eigenvalue"))), run / "spectra")
+    table = table_1(errors)
+    _replace(run / "table1.csv", table.to_csv(index=False, float_format="%.4g"))
+    _replace(run / "table1.md", table.to_markdown(index=False, floatfmt=".3g", missingval="-") + "\n")
+
+
+def table_1(errors: pd.DataFrame) -> pd.DataFrame:
+    """Table 1: the average of each error curve over the last window, mean and SD over seeds, the paper's beside.
+
+    Columns: algorithm; for each metric "mean", "SD" and "paper"; "paper t_epoch (s)".
+    """
+    last = errors[errors.epoch == errors.epoch.max()]
+    averages = last.groupby(["algorithm", "metric", "seed"], sort=True).value.mean()
+    rows = []
+    for algorithm in dict.fromkeys(last.algorithm):
+        paper = PAPER_TABLE_1.get(algorithm, (np.nan,) * 5)
+        row: dict[str, object] = {"algorithm": algorithm}
+        for number, metric in enumerate(METRICS):
+            values = averages.loc[(algorithm, metric)]
+            row[f"({number + 1}) mean"] = values.mean()
+            row[f"({number + 1}) SD"] = values.std() if len(values) > 1 else np.nan
+            row[f"({number + 1}) paper"] = paper[number]
+        rows.append(row | {"paper t_epoch (s)": paper[4]})
+    return pd.DataFrame(rows)
+
+
+def spectrum_figure(spectra: pd.DataFrame) -> Figure:
+    """Eigenvalues of both EA factors at each window's start, relative to the largest: one panel a factor."""
+    epochs = sorted(spectra.epoch.unique())
+    figure = Figure(figsize=(6.8, 2.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+    for ax, factor, symbol in zip(axes, "AG", (r"$\bar\mathcal{A}$", r"$\bar\Gamma$"), strict=True):
+        for colour, epoch in zip(colours, epochs, strict=False):
+            part = spectra[(spectra.factor == factor) & (spectra.epoch == epoch)]
+            for i, (_, one) in enumerate(part.groupby("seed")):
+                relative = (one.eigenvalue / one.eigenvalue.max()).clip(lower=1e-16)
+                label = f"epoch {epoch}" if i == 0 else None
+                ax.loglog(one["index"] + 1, relative, color=colour, linewidth=0.9, label=label)
+        ax.set_ylim(1e-10, 2)
+        ax.set_title(f"spectrum of {symbol} at the window's start", fontsize=8)
+        ax.set_xlabel("eigenvalue number", fontsize=8)
+        ax.tick_params(labelsize=7)
+        ax.grid(True, linewidth=0.3, alpha=0.6)
+    axes[0].set_ylabel(r"$\lambda_i/\lambda_1$", fontsize=8)
+    axes[0].legend(fontsize=7, frameon=False)
+    return figure
+
+
+def _read(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    compressed = path.with_name(path.name + ".gz")
+    try:
+        frame = pd.read_csv(path if path.exists() or not compressed.exists() else compressed)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as a table: {error}") from None
+    missing = [name for name in columns if name not in frame]
+    if missing:
+        raise InputError(f"{path}: no column {missing[0]!r}")
+    return frame
+
+
+def _save(figure: Figure, stem: Path) -> None:
+    for suffix in (".pdf", ".png"):
+        path = stem.with_suffix(suffix)
+        temporary = path.with_name(f".{path.name}{suffix}")
+        # Without a date the same table gives the same file.
+        figure.savefig(temporary, dpi=200, metadata={"CreationDate": None} if suffix == ".pdf" else None)
+        os.replace(temporary, path)
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,411 @@
+"""The error study of §4.2: how far is a cheap K-factor inverse from the exact one, on real training?
+
+    python -m studies.inverse_errors --preset digits|cifar10-small|paper [--data DIR] [--seed S ...] --out DIR
+
+One training run a seed; all algorithms watch the columns of the first FC layer (the shared trajectory). DIR gets
+errors.csv, config.json, environment.json, Figures 1 and 2, Table 1, the spectra, and claims.md; variants.csv
+holds the same errors at equal rank and with the `trace` continuation. A run that is stopped, by --time-limit,
+--step-limit or Ctrl-C, goes on with --resume and gives the same tables as one that was not.
+"""
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import joblib
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from figures.render import render
+from kfacerr.algorithms import SEVEN, Settings
+from kfacerr.errors import InputError
+from kfacerr.recording import RecordingWriter
+from kfacerr.replay import ErrorStudy, Row
+from kfacerr.stream import Step
+from kfacerr.torch import ColumnHooks
+from studies.claims import judge
+from studies.data import Dataset, load_cifar10, load_digits_rgb
+from studies.files import environment, load_checkpoint, save_checkpoint, write_atomically, write_text
+from studies.presets import PRESETS, Preset
+from studies.training import Training, TrainingConfig, select_device
+
+__all__ = ["SeedRun", "main"]
+
+LAYER = "fc0"
+CHECKPOINT_SECONDS = 300
+EVALUATE_EPOCHS = 5  # epochs between looks at the test set
+SIGNAL = "by a signal"
+
+
+class SeedRun:
+    """One seed's training run with the errors measured along it: everything in `state_dict`.
+
+    Args:
+        preset: what to do.
+        dataset: to train on.
+        seed: of the run.
+        device: to run on.
+        recording: where to write the layer's K-factor recording, or None.
+    """
+
+    def __init__(
+        self, preset: Preset, dataset: Dataset, seed: int, device: str, recording: Path | None = None
+    ) -> None:
+        steps_per_epoch = len(dataset.train_images) // preset.batch_size
+        self.preset, self.seed = preset, seed
+        self.windows = preset.windows(steps_per_epoch)
+        self.end = self.windows[-1].start + self.windows[-1].length
+        config = TrainingConfig(
+            batch_size=preset.batch_size,
+            epochs=max(preset.epochs(steps_per_epoch), preset.schedule_epochs),
+            width=preset.width,
+            seed=seed,
+            driver=preset.driver,
+            learning_rate=preset.learning_rate,
+            augment=preset.augment,
+            device=device,
+        )
+        self.training = Training(config, dataset)
+        self.hooks = ColumnHooks(self.training.model, [LAYER])
+        settings = Settings(
+            rank=preset.rank(0),
+            rho=preset.rho,
+            oversampling=preset.oversampling(0),
+            n_pwr_it=preset.n_pwr_it,
+            seed=seed,
+        )
+        self.study = ErrorStudy(algorithms(preset), settings, self.windows, continuations=("min", "trace"))
+        self.rows: list[Row] = []
+        self.spectra: list[tuple[int, str, list[float]]] = []
+        self.log: list[tuple[int, float, float]] = []
+        self.recording = recording
+        self._writer: RecordingWriter | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.training.k >= self.end
+
+    def advance(self) -> None:
+        """One iteration of training, and of measurement where it is due."""
+        training, preset = self.training, self.preset
+        k, epoch = training.k, training.epoch
+        update = k % preset.T_updt == 0
+        window = self.study.window(k)
+        self.hooks.enabled = update or window is not None
+        training.step()
+        if self.hooks.enabled:
+            columns = self.hooks.pop()[LAYER]
+            dtype = getattr(torch, preset.dtype)
+            step = Step(k, columns.A.to(dtype), columns.G.to(dtype), update, preset.phi(epoch))
+            self.study.tune(rank=preset.rank(epoch), oversampling=preset.oversampling(epoch))
+            self.rows += self.study.push(step)
+            self._record(step)
+        if window is not None and k == window.start:
+            self.spectra += [(window.epoch, side, self.study.spectrum(side).tolist()) for side in "AG"]
+        if training.k % (EVALUATE_EPOCHS * training.steps_per_epoch) == 0 or self.finished:
+            self.log.append((epoch, *training.evaluate()))
+
+    def _record(self, step: Step) -> None:
+        if self.recording is None:
+            return
+        if self._writer is None:
+            resume = step.k > 0  # whatever lies there at the first iteration is of a run that was never saved
+            self._writer = RecordingWriter(self.recording, resume=resume, overwrite=not resume)
+            self._writer.add_layer(
+                LAYER,
+                d_A=step.A.shape[0],
+                d_G=step.G.shape[0],
+                n=step.A.shape[1],
+                bias=self.training.model.fc0.bias is not None,
+                batch_size=self.preset.batch_size,
+                update_every=self.preset.T_updt,
+                windows=self.windows,
+            )
+            self._writer.truncate(LAYER, step.k)
+        self._writer.append(LAYER, step)
+
+    def close(self) -> None:
+        """Ends the recording: it takes its name if the run is finished, and stays partial if not."""
+        self.hooks.close()
+        if self._writer is not None:
+            (self._writer.close if self.finished else self._writer.suspend)()
+
+    def results(self) -> dict[str, Any]:
+        """What has been measured so far."""
+        return {
+            "seed": self.seed,
+            "finished": self.finished,
+            "rows": [tuple(row) for row in self.rows],
+            "spectra": self.spectra,
+            "log": self.log,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The results, and what a resume needs if the run is not finished."""
+        if self.finished:
+            return self.results()
+        return self.results() | {"training": self.training.state_dict(), "study": self.study.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rows = [Row(*row) for row in state["rows"]]
+        self.spectra, self.log = state["spectra"], state["log"]
+        self.training.load_state_dict(state["training"])
+        self.study.load_state_dict(_to(state["study"], self.training.device))
+
+
+def algorithms(preset: Preset) -> list[str]:
+    """The seven of §4.2, and R-KFAC at the rank r + n that the B- variants apply (design §5)."""
+    rank = preset.rank(preset.window_epochs[0]) + preset.batch_size
+    return [*SEVEN, *(f"{name} rank={rank}" for name in SEVEN if name.startswith("R-KFAC"))]
+
+
+def _to(state: Any, device: torch.device) -> Any:
+    """Nested containers with their tensors on `device`."""
+    if isinstance(state, torch.Tensor):
+        return state.to(device)
+    if isinstance(state, dict):
+        return {key: _to(value, device) for key, value in state.items()}
+    return state
+
+
+# ------------------------------------------------------------------------------------------- what DIR holds
+
+
+def checkpoint_path(out: Path, seed: int) -> Path:
+    return out / "state" / f"seed-{seed}.pt"
+
+
+def write_results(out: Path, dataset: str, states: Sequence[dict[str, Any]]) -> None:
+    """Every table and figure from the seeds' states, finished or not."""
+    frames = [pd.DataFrame(s["rows"], columns=list(Row._fields)).assign(seed=s["seed"]) for s in states]
+    frame = pd.concat(frames, ignore_index=True)
+    main = frame.algorithm.isin(SEVEN) & (frame.continuation == "min")
+    _write_csv(out / "errors.csv", frame[main])
+    _write_csv(out / "variants.csv", frame[~main])
+    spectra = [
+        pd.DataFrame({"seed": s["seed"], "epoch": e, "factor": side, "index": range(len(w)), "eigenvalue": w})
+        for s in states
+        for e, side, w in s["spectra"]
+    ]
+    if spectra:
+        _write_csv(out / "spectra.csv", pd.concat(spectra, ignore_index=True))
+    log = [(s["seed"], *entry) for s in states for entry in s["log"]]
+    columns = ["seed", "epoch", "test_loss", "test_accuracy"]
+    _write_csv(out / "training.csv", pd.DataFrame(log, columns=columns))
+    if len(frame):
+        write_text(out / "claims.md", judge(frame, dataset))
+        render(out)
+
+
+def _write_csv(path: Path, frame: pd.DataFrame) -> None:
+    write_atomically(path, lambda temporary: frame.to_csv(temporary, index=False, float_format="%.8g"))
+
+
+def open_output(out: Path, config: dict[str, Any], resume: bool) -> None:
+    """Makes DIR, or checks that what is there belongs to the same study.
+
+    Raises:
+        InputError: DIR holds a study already (without resume), or another one (with it).
+    """
+    path = out / "config.json"
+    if path.exists():
+        if not resume:
+            raise InputError(f"{out} holds a study already: continue it with --resume or name another --out")
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: not readable as a study's configuration: {error}") from None
+        for key, value in config.items():
+            if there.get(key) != value:
+                raise InputError(f"{path}: {key} is {there.get(key)} there and {value} here")
+    else:
+        write_text(path, json.dumps(config, indent=2) + "\n")
+        write_text(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+
+# --------------------------------------------------------------------------------------------- command line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the study; returns the exit status: 0 (also when a limit stopped it), 2 bad input, 130 Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except InputError as error:
+        print(f"inverse_errors: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m studies.inverse_errors", description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", required=True, choices=tuple(PRESETS))
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="where CIFAR-10 is (default: the user's cache)")
+    parser.add_argument(
+        "--accept-modified-data", action="store_true", help="take images that are not the official"
+    )
+    parser.add_argument("--seed", type=int, nargs="+", metavar="S", help="seeds (default: the preset's)")
+    parser.add_argument("--driver", help="what drives the training (default: the preset's)")
+    parser.add_argument("--trajectory", choices=("shared",), default="shared", help="one run for all algorithms")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, or auto")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="stop after S seconds, resumable")
+    parser.add_argument("--step-limit", type=int, metavar="N", help="stop each seed after N iterations, resumable")
+    parser.add_argument("--jobs", type=int, default=1, metavar="J", help="seeds to run side by side")
+    parser.add_argument("--record", action="store_true", help="also write each seed's K-factor recording")
+    parser.add_argument("--resume", action="store_true", help="continue what DIR holds")
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    preset = PRESETS[arguments.preset]
+    if arguments.seed:
+        preset = dataclasses.replace(preset, seeds=tuple(dict.fromkeys(arguments.seed)))
+    if arguments.driver:
+        preset = dataclasses.replace(preset, driver=arguments.driver)
+    select_device(arguments.device)
+    if arguments.jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {arguments.jobs}")
+    dataset = _load(preset, arguments)
+    config = json.loads(json.dumps(dataclasses.asdict(preset))) | {
+        "data": dataset.name,
+        "layer": LAYER,
+        "trajectory": arguments.trajectory,
+    }
+    open_output(arguments.out, config, arguments.resume)
+    stop = Stop(arguments.out / "state" / "stopped", arguments.time_limit, arguments.step_limit)
+    jobs = [
+        joblib.delayed(run_seed)(preset, dataset, seed, arguments.device, arguments.out, arguments.record, stop)
+        for seed in preset.seeds
+    ]
+    threads = max(1, torch.get_num_threads() // arguments.jobs)
+    outcomes: list[Outcome] = []
+    with joblib.parallel_config("loky", n_jobs=arguments.jobs, inner_max_num_threads=threads), stop.listening():
+        for outcome in joblib.Parallel(return_as="generator")(jobs):
+            outcomes.append(outcome)
+            write_results(arguments.out, dataset.name, [o.state for o in outcomes if o.state is not None])
+    table = arguments.out / "table1.md"
+    if table.exists():
+        print(table.read_text(encoding="utf-8"))
+    for outcome in outcomes:
+        if outcome.error:
+            raise InputError(f"seed {outcome.seed}: {outcome.error}")
+    reasons = {outcome.stopped for outcome in outcomes if outcome.stopped}
+    if reasons:
+        print(f"inverse_errors: stopped {', '.join(sorted(reasons))}; continue with --resume", file=sys.stderr)
+        return 130 if SIGNAL in reasons else 0
+    print(f"inverse_errors: results are in {arguments.out}", file=sys.stderr)
+    return 0
+
+
+def _load(preset: Preset, arguments: argparse.Namespace) -> Dataset:
+    if preset.dataset == "digits":
+        dataset = load_digits_rgb()
+    else:
+        dataset = load_cifar10(arguments.data, accept_modified=arguments.accept_modified_data)
+    return dataset if preset.n_train is None else dataset.subset(preset.n_train)
+
+
+class Outcome(NamedTuple):
+    """What became of a seed: its results if there are any, why it stopped, or what went wrong."""
+
+    seed: int
+    state: dict[str, Any] | None
+    stopped: str = ""
+    error: str = ""
+
+
+def run_seed(
+    preset: Preset, dataset: Dataset, seed: int, device: str, out: Path, record: bool, stop: "Stop"
+) -> Outcome:
+    """Takes one seed's run as far as `stop` allows; a job of its own, whatever process it runs in."""
+    path = checkpoint_path(out, seed)
+    saved = load_checkpoint(path) if path.exists() else None
+    if saved is not None and saved["finished"]:
+        return Outcome(seed, saved)
+    with stop.listening():
+        if stop():
+            return Outcome(seed, saved, stop.reason)
+        run = SeedRun(preset, dataset, seed, device, out / f"recording-seed-{seed}.h5" if record else None)
+        if saved is not None:
+            run.load_state_dict(saved)
+        try:
+            _advance(run, path, stop)
+            return Outcome(seed, run.results(), stop.reason)
+        except InputError as error:
+            return Outcome(seed, run.results(), error=str(error))
+        finally:
+            run.close()
+
+
+def _advance(run: SeedRun, checkpoint: Path, stop: Callable[[], bool]) -> None:
+    """Runs to the end or until `stop`; saves the state on the way and at the end."""
+    saved = time.monotonic()
+    bar = tqdm(total=run.end, initial=run.training.k, unit="step", desc=f"seed {run.seed}", disable=None)
+    with bar:
+        while not run.finished and not stop():
+            run.advance()
+            bar.update()
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save_checkpoint(checkpoint, run.state_dict())
+                saved = time.monotonic()
+    save_checkpoint(checkpoint, run.state_dict())
+
+
+class Stop:
+    """Asked before every iteration of a seed: whether a limit is reached or Ctrl-C was pressed.
+
+    Args:
+        marker: a file by which a signal that reached one process reaches the jobs that others have yet to start.
+        time_limit: seconds from now on, or None.
+        step_limit: iterations of each seed, or None.
+    """
+
+    def __init__(self, marker: Path, time_limit: float | None, step_limit: int | None) -> None:
+        self.marker = marker
+        self.deadline = None if time_limit is None else time.time() + time_limit
+        self.steps = step_limit
+        self.reason = ""
+        marker.unlink(missing_ok=True)
+
+    def __call__(self) -> bool:
+        if self.deadline is not None and time.time() >= self.deadline:
+            self.reason = self.reason or "at the time limit"
+        elif self.steps is not None and self.steps < 0:
+            self.reason = self.reason or "at the step limit"
+        elif self.steps is not None:
+            self.steps -= 1
+        return bool(self.reason)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within it a first Ctrl-C or SIGTERM lets the iteration finish and be saved; a second one does not."""
+        steps = self.steps
+        if self.marker.exists():
+            self.reason = SIGNAL
+
+        def on_signal(number: int, frame: object) -> None:
+            if self.reason == SIGNAL:
+                raise KeyboardInterrupt
+            self.reason = SIGNAL
+            self.marker.parent.mkdir(parents=True, exist_ok=True)
+            self.marker.touch()
+
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            self.steps = steps
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The presets of the error study (§4.2): what is trained, what is measured, and for how long."""
+
+from dataclasses import dataclass
+
+from kfacerr.stream import Window
+from studies.schedules import paper_oversampling, paper_phi, paper_rank
+
+__all__ = ["PRESETS", "Preset"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One error study.
+
+    Attributes:
+        dataset: "digits" or "cifar10".
+        n_train: train images used, the first ones; None for all.
+        width: of the network; 1 is the paper's.
+        window_epochs: epochs at which the measurement windows start.
+        schedule_epochs: the paper's schedules run over 50 epochs; here they run over this many, so that
+            `window_epochs` meet the phi and r that the paper's epochs 15 and 30 met.
+        T_updt: iterations between updates of the EA factors.
+        window_length: iterations of a window.
+        rank_scale: of the paper's rank schedule, 1 for r = 220, 230.
+        dtype: the error analysis computes in.
+    """
+
+    name: str
+    dataset: str
+    n_train: int | None
+    width: float
+    batch_size: int
+    window_epochs: tuple[int, ...]
+    seeds: tuple[int, ...]
+    learning_rate: float
+    schedule_epochs: int = 50
+    augment: bool = True
+    T_updt: int = 10
+    window_length: int = 300
+    rank_scale: float = 1.0
+    n_pwr_it: int = 4
+    rho: float = 0.95
+    dtype: str = "float64"
+    driver: str = "sgd"
+
+    def paper_epoch(self, epoch: int) -> int:
+        """The epoch of the paper's 50 that stands for `epoch` in its schedules."""
+        return epoch * 50 // self.schedule_epochs
+
+    def phi(self, epoch: int) -> float:
+        """phi_lambda of §6."""
+        return paper_phi(self.paper_epoch(epoch))
+
+    def rank(self, epoch: int) -> int:
+        """r of §6, scaled."""
+        return round(paper_rank(self.paper_epoch(epoch)) * self.rank_scale)
+
+    def oversampling(self, epoch: int) -> int:
+        """r_o of §6."""
+        return paper_oversampling(self.paper_epoch(epoch))
+
+    def windows(self, steps_per_epoch: int) -> list[Window]:
+        """Each starts at the first update of its epoch."""
+        starts = [-(-epoch * steps_per_epoch // self.T_updt) * self.T_updt for epoch in self.window_epochs]
+        return [Window(k, self.window_length, e) for k, e in zip(starts, self.window_epochs, strict=True)]
+
+    def epochs(self, steps_per_epoch: int) -> int:
+        """Epochs until the last window has ended."""
+        last = self.windows(steps_per_epoch)[-1]
+        return -(-(last.start + last.length) // steps_per_epoch)
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="digits",
+            dataset="digits",
+            n_train=None,
+            width=1 / 16,
+            batch_size=32,
+            window_epochs=(8, 15),
+            schedule_epochs=24,
+            seeds=(0, 1),
+            learning_rate=0.02,
+            rank_scale=1 / 8,
+        ),
+        Preset(
+            name="cifar10-small",
+            dataset="cifar10",
+            n_train=10_000,
+            width=1 / 8,
+            batch_size=32,
+            window_epochs=(15, 30),
+            seeds=(0, 1, 2),
+            learning_rate=0.01,
+            rank_scale=1 / 8,
+        ),
+        Preset(
+            name="paper",
+            dataset="cifar10",
+            n_train=None,
+            width=1.0,
+            batch_size=256,
+            window_epochs=(15, 30),
+            seeds=(0, 1, 2, 3, 4),
+            learning_rate=0.1,
+            dtype="float32",
+        ),
+    )
+}

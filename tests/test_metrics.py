@@ -1,0 +1,73 @@
+"""The four errors of §4.2 are accurate however small they are."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kfacerr import metrics
+from kfacerr.inverse import DenseInverse, damped_inverse
+from kfacerr.lowrank import LowRank
+from kfacerr.metrics import angle_error, inverse_error, norm_error
+from tests import reference
+from tests.strategies import generators, orthogonal, psd, spectrum
+
+SIZES = st.sampled_from([10.0**-e for e in range(13)])
+
+
+@given(rng=generators, size=SIZES)
+def test_relative_errors_are_accurate_down_to_1e_12(xp, rng, size):
+    X = rng.standard_normal((7, 9))
+    Y = X + size * rng.standard_normal((7, 9))
+    expected = reference.relative_error(Y, X)
+    assert norm_error(xp.array(Y), xp.array(X)) == pytest.approx(expected, rel=1e-12)
+    X, Y = np.pad(X, ((0, 2), (0, 0))), np.pad(Y, ((0, 2), (0, 0)))
+    got = inverse_error(DenseInverse(xp.array(Y)), DenseInverse(xp.array(X)))
+    assert got == pytest.approx(expected, rel=1e-12)
+
+
+@given(rng=generators, size=SIZES)
+def test_the_angle_error_of_a_known_angle_is_accurate(xp, rng, size):
+    """Two unit vectors at an angle theta, 1 - cos theta = 2 sin^2(theta/2), down to 1e-24."""
+    Q = orthogonal(rng, 12)[:, :2]
+    theta = size
+    S, T = Q[:, 0], np.cos(theta) * Q[:, 0] + np.sin(theta) * Q[:, 1]
+    got = angle_error(xp.array(7 * T.reshape(3, 4)), xp.array(S.reshape(3, 4)))
+    # the vectors carry a relative error of eps, which is eps/theta of the angle
+    assert got == pytest.approx(2 * np.sin(theta / 2) ** 2, rel=1e-12 + 40 * np.finfo(float).eps / theta)
+
+
+@given(rng=generators)
+def test_the_angle_error_is_one_minus_the_cosine(xp, rng):
+    S, T = rng.standard_normal((2, 4, 5))
+    assert angle_error(xp.array(S), xp.array(T)) == pytest.approx(reference.angle_error(S, T), rel=1e-13)
+    assert angle_error(xp.array(-3 * T), xp.array(T)) == pytest.approx(2, rel=1e-14)
+    assert angle_error(xp.array(3 * T), xp.array(T)) <= 1e-31
+
+
+def test_steps_that_vanish_have_defined_errors(xp):
+    zero, one = xp.array(np.zeros((2, 3))), xp.array(np.ones((2, 3)))
+    assert norm_error(zero, zero) == angle_error(zero, zero) == 0
+    assert norm_error(zero, one) == angle_error(zero, one) == angle_error(one, zero) == 1
+    assert norm_error(one, zero) == float("inf")
+
+
+@pytest.mark.parametrize("m", [2, 9])  # rows anew at every block, or the dense inverse kept
+@pytest.mark.parametrize("block", [1, 3, 4, 11, 12, 100])
+def test_row_blocks_give_the_unblocked_error(xp, monkeypatch, m, block):
+    rng = np.random.default_rng(4)
+    d = 12
+    low = LowRank(xp.array(orthogonal(rng, d)[:, :m]), xp.array(spectrum("fast decay", m)))
+    inverse = damped_inverse(low, phi=0.1, continuation="min")
+    R = np.linalg.inv(psd(rng, "slow decay", d) + 0.1 * np.eye(d))
+    expected = reference.relative_error(xp.numpy(inverse.dense()), R)
+    monkeypatch.setattr(metrics, "BLOCK", block)
+    assert inverse_error(inverse, DenseInverse(xp.array(R))) == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_error_is_zero_to_rounding(xp):
+    rng = np.random.default_rng(5)
+    U, D = orthogonal(rng, 10), spectrum("slow decay", 10)
+    inverse = damped_inverse(LowRank(xp.array(U), xp.array(D)), phi=0.1)
+    exact = (U / (D + 0.1)) @ U.T
+    assert inverse_error(inverse, DenseInverse(xp.array(exact))) <= 1e-14
