@@ -8,7 +8,7 @@ OUT ?= runs/digits
 .PHONY: study test lint format figures clean
 
 study: $(STAMP)
-	$(BIN)/python -m studies.inverse_errors --preset digits --out $(OUT)
+	$(BIN)/python -m studies.inverse_errors --preset digits --jobs 2 --resume --out $(OUT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2

@@ -1,1 +1,37 @@
-"""kfacerr: how wrong is a cheap K-FAC inverse, and what does that error cost?"""
+"""kfacerr: how wrong is a cheap K-FAC inverse, and what does that error cost?
+
+The names below are the way in; each module's docstring says which equation or algorithm of Puiu's "Brand New
+K-FACs" it holds. PyTorch is only imported by `kfacerr.torch`.
+"""
+
+from .algorithms import SEVEN, Settings, make_process
+from .errors import InputError
+from .lowrank import LowRank
+from .metrics import METRICS
+from .processes import Brand, BrandCorrected, BrandRsvd, EAFactor, Estimate, Evd, Process, Rsvd, Sketch
+from .replay import ErrorStudy, Row, table
+from .stream import Columns, Step, Window
+
+__all__ = [
+    "METRICS",
+    "SEVEN",
+    "Brand",
+    "BrandCorrected",
+    "BrandRsvd",
+    "Columns",
+    "EAFactor",
+    "ErrorStudy",
+    "Estimate",
+    "Evd",
+    "InputError",
+    "LowRank",
+    "Process",
+    "Row",
+    "Rsvd",
+    "Settings",
+    "Sketch",
+    "Step",
+    "Window",
+    "make_process",
+    "table",
+]

@@ -1,6 +1,6 @@
 """The seven algorithms of §4.2 by name, each as a process for one K-factor.
 
-A name is a base, K-FAC, R-KFAC, B-KFAC, B-R-KFAC or B-KFAC-C, followed by settings that differ from the
+A name is a base, K-FAC, R-KFAC, SRE-KFAC, B-KFAC, B-R-KFAC or B-KFAC-C, followed by settings that differ from the
 defaults: "R-KFAC T_inv=50 rank=476".
 """
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from .errors import InputError
 from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Process, Rsvd, Sketch
+from .rsvd import srevd
 
 __all__ = ["SEVEN", "Settings", "make_process"]
 
@@ -53,24 +54,39 @@ def _rkfac(s: Settings, rng: np.random.Generator, *, T_inv: int = 50, rank: int 
     return Rsvd(rank or s.rank, Sketch(rng, s.oversampling, s.n_pwr_it), T_inv=T_inv)
 
 
-def _bkfac(s: Settings, rng: np.random.Generator, *, rank: int = 0) -> Process:
-    return Brand(rank or s.rank, rho=s.rho)
+def _srekfac(s: Settings, rng: np.random.Generator, *, T_inv: int = 50, rank: int = 0) -> Process:
+    return Rsvd(rank or s.rank, Sketch(rng, s.oversampling, s.n_pwr_it, srevd), T_inv=T_inv)
 
 
-def _brkfac(s: Settings, rng: np.random.Generator, *, T_rsvd: int = 50, rank: int = 0) -> Process:
+def _bkfac(s: Settings, rng: np.random.Generator, *, T_brand: int = 1, rank: int = 0) -> Process:
+    return Brand(rank or s.rank, rho=s.rho, T_brand=T_brand)
+
+
+def _brkfac(
+    s: Settings, rng: np.random.Generator, *, T_brand: int = 1, T_rsvd: int = 50, rank: int = 0
+) -> Process:
     sketch = Sketch(rng, s.oversampling, s.n_pwr_it)
-    return BrandRsvd(rank or s.rank, sketch, rho=s.rho, T_rsvd=T_rsvd)
+    return BrandRsvd(rank or s.rank, sketch, rho=s.rho, T_rsvd=T_rsvd, T_brand=T_brand)
 
 
 def _bkfacc(
-    s: Settings, rng: np.random.Generator, *, T_corct: int = 50, phi_corct: float = 0.5, rank: int = 0
+    s: Settings,
+    rng: np.random.Generator,
+    *,
+    T_brand: int = 1,
+    T_corct: int = 50,
+    phi_corct: float = 0.5,
+    rank: int = 0,
 ) -> Process:
-    return BrandCorrected(rank or s.rank, rho=s.rho, T_corct=T_corct, phi_corct=phi_corct, rng=rng)
+    return BrandCorrected(
+        rank or s.rank, rho=s.rho, T_corct=T_corct, phi_corct=phi_corct, rng=rng, T_brand=T_brand
+    )
 
 
 _BASES: dict[str, Callable[..., Process]] = {
     "K-FAC": _kfac,
     "R-KFAC": _rkfac,
+    "SRE-KFAC": _srekfac,
     "B-KFAC": _bkfac,
     "B-R-KFAC": _brkfac,
     "B-KFAC-C": _bkfacc,
@@ -83,7 +99,7 @@ def make_process(name: str, settings: Settings, side: str) -> Process:
     Raises:
         InputError: unknown algorithm or setting, or a value out of range.
     """
-    base, *options = name.split()
+    base, *options = name.split() or [""]
     if base not in _BASES:
         raise InputError(f"algorithm {name!r}: {base!r} is not one of {', '.join(_BASES)}")
     make = _BASES[base]

@@ -97,7 +97,7 @@ def symmetric_brand(X: LowRank | None, A: Array) -> LowRank:
 
 
 def orthonormalised(X: LowRank) -> LowRank:
-    """X with U formed and orthonormal to a small multiple of eps, taking the Gram step again if it is not."""
+    """X with U formed and orthonormal to a small multiple of eps, made so if it is not."""
     if X.m == 0 or _defect(X.U, X.D) <= 4 * DOUBT * eps(X.D):
         return LowRank(X.U, X.D)
     again = _made_orthonormal(X)
@@ -140,8 +140,8 @@ def _evd_of_gram(Y: Array, scale: Array | None, gram: Array) -> tuple[LowRank, n
 def _once_more(X: LowRank, doubt: np.ndarray) -> LowRank:
     """X with its modes in doubt formed, W = U[:, doubt], and U = [U[:, others], W] made orthonormal.
 
-    Only the Gram matrix's rows of W are computed: the others are orthonormal already. The basis becomes [Y, W], since
-    as a product Y mix a mode cannot be better than eps |S v_i| / L_i^(1/2).
+    Only the Gram matrix's rows of W are computed: the others are orthonormal already. The basis becomes [Y, W],
+    since as a product Y mix a mode cannot be better than eps |S v_i| / L_i^(1/2).
     """
     if not doubt.any():
         return X
@@ -171,8 +171,8 @@ def _made_orthonormal(X: LowRank) -> LowRank:
 def _orthonormalising(gram: Array, D: Array) -> tuple[Array, Array]:
     """(D', R) with U R orthonormal and (U R) diag(D') (U R)^T = U diag(D) U^T, for gram = U^T U near I.
 
-    R = H P with H = gram^(-1/2) and P of the EVD of H^-1 diag(D) H^-1: orthogonal to rounding, however graded D is.
-    Modes with D = 0 stay absent; at the eigenvalue -max(D) they do not mix with the small ones.
+    R = H P with H = gram^(-1/2) and P from the EVD of H^-1 diag(D) H^-1: orthogonal to rounding, however graded D
+    is. Modes with D = 0 stay absent; at the eigenvalue -max(D) they do not mix with the small ones.
     """
     xp = namespace(gram, D)
     values = xp.astype(D, xp.float64)

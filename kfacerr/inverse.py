@@ -198,8 +198,8 @@ def exact_inverse(M: Array, *, phi: float | None = None, lam: Array | None = Non
 def lambda_max(M: Array) -> float:
     """Largest eigenvalue of a symmetric p.s.d. M (d, d) by Lanczos with full reorthogonalisation.
 
-    Stops at a Ritz residual of 1e3 eps theta (float64; 3e-6 theta in float32). The eigenvalue's error is never more
-    than the residual, also in a cluster, and where there is a gap it is the residual's square over the gap.
+    Stops at a Ritz residual of 1e3 eps theta (float64; 3e-6 theta in float32). The eigenvalue's error is never
+    more than the residual, also in a cluster; where there is a gap it is the residual's square over the gap.
     """
     xp = namespace(M)
     d = M.shape[0]

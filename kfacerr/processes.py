@@ -63,10 +63,13 @@ class EAFactor:
             self.trace = self.rho * self.trace + (1 - self.rho) * _mean_square(X)
 
     def state_dict(self) -> dict[str, Any]:
+        """The live arrays: write them out, or copy them, before the next update."""
         return {"M": self.M, "trace": self.trace}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.M, self.trace = state["M"], state["trace"]
+        M = state["M"]
+        self.M = M if M is None else namespace(M).asarray(M, copy=True)  # `update` writes into it
+        self.trace = state["trace"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,22 +93,35 @@ class Clock:
         self.origin = 0
         self.last: int | None = None
 
+    def coming(self, k: int) -> bool:
+        """Whether `due` would say yes."""
+        return (k - self.origin) // self.period != self.last
+
     def due(self, k: int) -> bool:
-        interval = (k - self.origin) // self.period
-        if interval == self.last:
-            return False
-        self.last = interval
-        return True
+        coming = self.coming(k)
+        self.last = (k - self.origin) // self.period
+        return coming
+
+    def reschedule(self, period: int) -> None:
+        """Another period from now on; the start of the last event's interval counts as its time."""
+        if period == self.period:
+            return
+        if period < 1:
+            raise InputError(f"a period of at least 1 iteration is needed, got {period}")
+        if self.last is not None:
+            self.last = self.last * self.period // period
+        self.period = period
 
     def restart(self, k: int) -> None:
         """Counts from iteration k on, where the event is due again."""
         self.origin, self.last = k, None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"origin": self.origin, "last": self.last}
+        return {"origin": self.origin, "last": self.last, "period": self.period}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.origin, self.last = state["origin"], state["last"]
+        self.period = state.get("period", self.period)
 
 
 class Process:
@@ -158,7 +174,8 @@ class Process:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, clock in self.clocks().items():
-            clock.load_state_dict(state[name])
+            if name in state:
+                clock.load_state_dict(state[name])
         if self.rng is not None:
             self.rng.bit_generator.state = state["rng"]
         held = state.get("estimate")
@@ -227,47 +244,89 @@ class Brand(Process):
     """B-KFAC (10), Algorithm 4: truncate to rank r, then the symmetric Brand update with the new columns.
 
     Never forms a (d, d) array. The estimate has rank r + n: truncation happens just before the next update.
+
+    Args:
+        rank: r.
+        rho: EA decay.
+        T_brand: an update once in T_brand iterations. The columns in between are dropped, as in the paper.
+        accumulate: they are kept instead, and the next update takes all of them with the weights of (8). The
+            estimate then has rank r + n times the number of batches.
     """
 
     needs_factor = False
 
-    def __init__(self, rank: int, *, rho: float) -> None:
+    def __init__(self, rank: int, *, rho: float, T_brand: int = 1, accumulate: bool = False) -> None:
         super().__init__()
         check_rho(rho)
         if rank < 1:
             raise InputError(f"a truncation rank of at least 1 is needed, got {rank}")
         self.rank = rank
         self.rho = rho
+        self.T_brand = Clock(T_brand)
+        self.accumulate = accumulate
+        self._waiting: tuple[float, Array] | None = None  # (c, W): M is to become c M_B + W W^T
+
+    def clocks(self) -> dict[str, Clock]:
+        return {"T_brand": self.T_brand}
 
     def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
+        self._absorb(k, X)
+
+    def _absorb(self, k: int, X: Array) -> bool:
+        """Takes X_k; whether there was a Brand update, and not only columns kept or dropped."""
+        due = self.T_brand.due(k)
         if self.estimate is None:
             # M_B,0 = X_0 X_0^T: exact thin factorisation of the first columns.
             self.estimate = Estimate(symmetric_brand(None, X), _mean_square(X))
-            return
+            return True
+        decay, W = self.rho, (1 - self.rho) ** 0.5 * X
+        if self._waiting is not None:
+            earlier, columns = self._waiting
+            decay, W = decay * earlier, namespace(W).concat([self.rho**0.5 * columns, W], axis=1)
+        if not due:
+            self._waiting = (decay, W) if self.accumulate else None
+            return False
+        self._waiting = None
         B = orthonormalised(self.estimate.lowrank.truncate(self.rank))  # l.3-4
-        kept = LowRank(B.U, self.rho * B.D)
-        trace = self.rho * self.estimate.trace + (1 - self.rho) * _mean_square(X)
-        self.estimate = Estimate(symmetric_brand(kept, (1 - self.rho) ** 0.5 * X), trace)  # l.6-7
+        trace = decay * self.estimate.trace + _mean_square(W)
+        self.estimate = Estimate(symmetric_brand(LowRank(B.U, decay * B.D), W), trace)  # l.6-7
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self._waiting is not None:
+            state["waiting"] = {"decay": self._waiting[0], "columns": self._waiting[1]}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        held = state.get("waiting")
+        self._waiting = held and (held["decay"], held["columns"])
 
 
 class BrandRsvd(Brand):
-    """B-R-KFAC, Algorithm 5: B_{k-1} is overwritten by the RSVD of M_{k-1} once in T_RSVD iterations."""
+    """B-R-KFAC, Algorithm 5: B_{k-1} is overwritten by the RSVD of M_{k-1} once in T_RSVD iterations.
+
+    As l.7 takes a Brand update after it, it waits for one where T_brand is longer.
+    """
 
     needs_factor = True
     forgets = True
 
-    def __init__(self, rank: int, sketch: Sketch, *, rho: float, T_rsvd: int) -> None:
-        super().__init__(rank, rho=rho)
+    def __init__(
+        self, rank: int, sketch: Sketch, *, rho: float, T_rsvd: int, T_brand: int = 1, accumulate: bool = False
+    ) -> None:
+        super().__init__(rank, rho=rho, T_brand=T_brand, accumulate=accumulate)
         self.sketch = sketch
         self.rng = sketch.rng
         self.T_rsvd = Clock(T_rsvd)
 
     def clocks(self) -> dict[str, Clock]:
-        return {"T_rsvd": self.T_rsvd}
+        return {**super().clocks(), "T_rsvd": self.T_rsvd}
 
     def begin(self, k: int, factor: EAFactor | None) -> None:
         assert factor is not None
-        if self.T_rsvd.due(k) and factor.M is not None:
+        if self.T_brand.coming(k) and self.T_rsvd.due(k) and factor.M is not None:
             self._overwrite(factor)
 
     def refresh(self, k: int, factor: EAFactor) -> None:
@@ -275,16 +334,30 @@ class BrandRsvd(Brand):
         self._overwrite(factor)
 
     def _overwrite(self, factor: EAFactor) -> None:
+        self._waiting = None  # M holds those columns
         self.estimate = Estimate(self.sketch(factor.M, self.rank), factor.trace)
 
 
 class BrandCorrected(Brand):
-    """B-KFAC-C, Algorithm 7: once in T_corct iterations the estimate is corrected on random modes (Alg. 6)."""
+    """B-KFAC-C, Algorithm 7: once in T_corct iterations the estimate is corrected on random modes (Alg. 6).
+
+    Only after a Brand update, which the correction follows in Algorithm 7.
+    """
 
     needs_factor = True
 
-    def __init__(self, rank: int, *, rho: float, T_corct: int, phi_corct: float, rng: np.random.Generator) -> None:
-        super().__init__(rank, rho=rho)
+    def __init__(
+        self,
+        rank: int,
+        *,
+        rho: float,
+        T_corct: int,
+        phi_corct: float,
+        rng: np.random.Generator,
+        T_brand: int = 1,
+        accumulate: bool = False,
+    ) -> None:
+        super().__init__(rank, rho=rho, T_brand=T_brand, accumulate=accumulate)
         if not 0 < phi_corct <= 1:
             raise InputError(f"phi_corct must lie in (0, 1], got {phi_corct}")
         self.T_corct = Clock(T_corct)
@@ -292,11 +365,10 @@ class BrandCorrected(Brand):
         self.rng = rng
 
     def clocks(self) -> dict[str, Clock]:
-        return {"T_corct": self.T_corct}
+        return {**super().clocks(), "T_corct": self.T_corct}
 
     def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
-        super().update(k, X, factor)
-        if not self.T_corct.due(k):
+        if not (self._absorb(k, X) and self.T_corct.due(k)):
             return
         assert factor is not None and self.estimate is not None and self.rng is not None
         modes = self.estimate.lowrank.m

@@ -202,6 +202,7 @@ class ErrorStudy:
         columns = {"A": step.A, "G": step.G}
         for name, X in columns.items():
             self._check(name, X)
+        namespace(step.A, step.G)
         if step.A.shape[1] != step.G.shape[1]:
             raise InputError(f"A has {step.A.shape[1]} columns and G has {step.G.shape[1]}")
         self.last_k = step.k
@@ -222,7 +223,7 @@ class ErrorStudy:
     def _check(self, name: str, X: Array) -> None:
         M = self.sides[name].factor.M
         check_columns(X, None if M is None else M.shape[0], name)
-        xp = namespace(X)
+        xp = namespace(X) if M is None else namespace(M, X)
         if not bool(xp.all(xp.isfinite(X))):
             raise InputError(f"{name}: NaN or Inf in the columns")
 

@@ -1,4 +1,5 @@
 """Backends, Hypothesis profile and thread limits for the whole suite."""
+# ruff: noqa: E402  (the thread limits must stand before NumPy loads)
 
 import os
 

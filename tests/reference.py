@@ -126,14 +126,18 @@ def frobenius(X: np.ndarray) -> np.longdouble:
 
 
 def relative_error(X: np.ndarray, reference: np.ndarray) -> float:
-    """Metrics (1)-(3) in extended precision."""
+    """Metrics (1)-(3) in extended precision; 0 between two zeros."""
     X, reference = np.asarray(X, dtype=np.longdouble), np.asarray(reference, dtype=np.longdouble)
+    if not X.any() and not reference.any():
+        return 0.0
     return float(frobenius(X - reference) / frobenius(reference))
 
 
 def angle_error(S: np.ndarray, reference: np.ndarray) -> float:
-    """Metric (4) as printed, 1 - cos, in extended precision."""
+    """Metric (4) as printed, 1 - cos, in extended precision; 0 between two zeros."""
     S, reference = np.asarray(S, dtype=np.longdouble), np.asarray(reference, dtype=np.longdouble)
+    if not S.any() and not reference.any():
+        return 0.0
     return float(1 - np.sum(S * reference) / (frobenius(S) * frobenius(reference)))
 
 

@@ -182,7 +182,9 @@ def _streams_float32(kind: str, d: int, n: int, r: int, steps: int) -> list[np.n
     Q = orthogonal(rng, d)
     levels = np.where(np.arange(d) < r, 1.0, 1e-3)
     X = [(Q * levels) @ rng.standard_normal((d, n)) / n**0.5 for _ in range(steps)]
-    return [special_columns(rng, kinds[k % 9], x, X[k - 1] if k else None).astype(np.float32) for k, x in enumerate(X)]
+    return [
+        special_columns(rng, kinds[k % 9], x, X[k - 1] if k else None).astype(np.float32) for k, x in enumerate(X)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["decaying", "rank at most r", "gap"])
