@@ -1,6 +1,5 @@
 """From a study's CSVs to its figures and tables; reads nothing else, so that results can be rendered anywhere."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kfacerr.errors import InputError
+from kfacerr.files import write_text
 from kfacerr.metrics import METRICS
-from kfacerr.plot import error_figure
+from kfacerr.plot import error_figure, save
 
 __all__ = ["PAPER_TABLE_1", "render", "spectrum_figure", "table_1"]
 
@@ -38,8 +38,9 @@ def render(run: Path) -> None:
     if spectra.exists():
         _save(spectrum_figure(_read(spectra, ("seed", "epoch", "factor", "index", "eigenvalue"))), run / "spectra")
     table = table_1(errors)
-    _replace(run / "table1.csv", table.to_csv(index=False, float_format="%.4g"))
-    _replace(run / "table1.md", table.to_markdown(index=False, floatfmt=".3g", missingval="-") + "\n")
+    write_text(run / "table1.csv", table.to_csv(index=False, float_format="%.4g"))
+    shown = table.astype(object).where(table.notna(), None)  # `missingval` is for None alone
+    write_text(run / "table1.md", shown.to_markdown(index=False, floatfmt=".3g", missingval="-") + "\n")
 
 
 def table_1(errors: pd.DataFrame) -> pd.DataFrame:
@@ -85,28 +86,30 @@ def spectrum_figure(spectra: pd.DataFrame) -> Figure:
     return figure
 
 
+_TEXT = ("algorithm", "metric", "factor")
+
+
 def _read(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     compressed = path.with_name(path.name + ".gz")
+    if not path.exists():
+        if not compressed.exists():
+            raise InputError(f"{path}: no such file")
+        path = compressed
     try:
-        frame = pd.read_csv(path if path.exists() or not compressed.exists() else compressed)
+        frame = pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as a table: {error}") from None
     missing = [name for name in columns if name not in frame]
     if missing:
         raise InputError(f"{path}: no column {missing[0]!r}")
+    if frame.empty:
+        raise InputError(f"{path}: has no rows")
+    text = [name for name in columns if name not in _TEXT and not pd.api.types.is_numeric_dtype(frame[name])]
+    if text:
+        raise InputError(f"{path}: column {text[0]!r} is not all numbers")
     return frame
 
 
 def _save(figure: Figure, stem: Path) -> None:
     for suffix in (".pdf", ".png"):
-        path = stem.with_suffix(suffix)
-        temporary = path.with_name(f".{path.name}{suffix}")
-        # Without a date the same table gives the same file.
-        figure.savefig(temporary, dpi=200, metadata={"CreationDate": None} if suffix == ".pdf" else None)
-        os.replace(temporary, path)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        save(figure, stem.with_suffix(suffix))

@@ -5,7 +5,9 @@ K-FACs" it holds. PyTorch is only imported by `kfacerr.torch`.
 """
 
 from .algorithms import SEVEN, Settings, make_process
+from .certificate import Certificate
 from .errors import InputError
+from .frequent_directions import FrequentDirections
 from .lowrank import LowRank
 from .metrics import METRICS
 from .processes import Brand, BrandCorrected, BrandRsvd, EAFactor, Estimate, Evd, Process, Rsvd, Sketch
@@ -18,11 +20,13 @@ __all__ = [
     "Brand",
     "BrandCorrected",
     "BrandRsvd",
+    "Certificate",
     "Columns",
     "EAFactor",
     "ErrorStudy",
     "Estimate",
     "Evd",
+    "FrequentDirections",
     "InputError",
     "LowRank",
     "Process",

@@ -1,7 +1,8 @@
 """The seven algorithms of §4.2 by name, each as a process for one K-factor.
 
-A name is a base, K-FAC, R-KFAC, SRE-KFAC, B-KFAC, B-R-KFAC or B-KFAC-C, followed by settings that differ from the
-defaults: "R-KFAC T_inv=50 rank=476".
+A name is a base, K-FAC, R-KFAC, SRE-KFAC, B-KFAC, B-R-KFAC, B-KFAC-C or FD, followed by settings that differ from
+the defaults: "R-KFAC T_inv=50 rank=476", "B-R-KFAC sketch=nystrom", "B-R-KFAC adaptive=2". Where `adaptive` is
+given, a period that is not given is endless.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import InputError
+from .frequent_directions import FrequentDirections
 from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Process, Rsvd, Sketch
-from .rsvd import srevd
+from .rsvd import nystrom, rsvd, srevd
 
 __all__ = ["SEVEN", "Settings", "make_process"]
 
@@ -50,12 +52,29 @@ def _kfac(s: Settings, rng: np.random.Generator, *, T_inv: int = 50) -> Process:
     return Evd(T_inv=T_inv)
 
 
-def _rkfac(s: Settings, rng: np.random.Generator, *, T_inv: int = 50, rank: int = 0) -> Process:
-    return Rsvd(rank or s.rank, Sketch(rng, s.oversampling, s.n_pwr_it), T_inv=T_inv)
+_SKETCHES = {"rs": rsvd, "sre": srevd, "nystrom": nystrom}
+_ENDLESS = 2**62
+
+
+def _sketch(s: Settings, rng: np.random.Generator, method: str) -> Sketch:
+    return Sketch(rng, s.oversampling, s.n_pwr_it, _SKETCHES[method])
+
+
+def _rkfac(
+    s: Settings,
+    rng: np.random.Generator,
+    *,
+    T_inv: int = 0,
+    adaptive: float = 0.0,
+    sketch: str = "rs",
+    rank: int = 0,
+) -> Process:
+    period = T_inv or (_ENDLESS if adaptive else 50)
+    return Rsvd(rank or s.rank, _sketch(s, rng, sketch), T_inv=period, adaptive=adaptive)
 
 
 def _srekfac(s: Settings, rng: np.random.Generator, *, T_inv: int = 50, rank: int = 0) -> Process:
-    return Rsvd(rank or s.rank, Sketch(rng, s.oversampling, s.n_pwr_it, srevd), T_inv=T_inv)
+    return Rsvd(rank or s.rank, _sketch(s, rng, "sre"), T_inv=T_inv)
 
 
 def _bkfac(s: Settings, rng: np.random.Generator, *, T_brand: int = 1, rank: int = 0) -> Process:
@@ -63,10 +82,18 @@ def _bkfac(s: Settings, rng: np.random.Generator, *, T_brand: int = 1, rank: int
 
 
 def _brkfac(
-    s: Settings, rng: np.random.Generator, *, T_brand: int = 1, T_rsvd: int = 50, rank: int = 0
+    s: Settings,
+    rng: np.random.Generator,
+    *,
+    T_brand: int = 1,
+    T_rsvd: int = 0,
+    adaptive: float = 0.0,
+    sketch: str = "rs",
+    rank: int = 0,
 ) -> Process:
-    sketch = Sketch(rng, s.oversampling, s.n_pwr_it)
-    return BrandRsvd(rank or s.rank, sketch, rho=s.rho, T_rsvd=T_rsvd, T_brand=T_brand)
+    period = T_rsvd or (_ENDLESS if adaptive else 50)
+    by = _sketch(s, rng, sketch)
+    return BrandRsvd(rank or s.rank, by, rho=s.rho, T_rsvd=period, T_brand=T_brand, adaptive=adaptive)
 
 
 def _bkfacc(
@@ -83,6 +110,10 @@ def _bkfacc(
     )
 
 
+def _fd(s: Settings, rng: np.random.Generator, *, T_brand: int = 1, rank: int = 0) -> Process:
+    return FrequentDirections(rank or s.rank, rho=s.rho, T_brand=T_brand)
+
+
 _BASES: dict[str, Callable[..., Process]] = {
     "K-FAC": _kfac,
     "R-KFAC": _rkfac,
@@ -90,6 +121,7 @@ _BASES: dict[str, Callable[..., Process]] = {
     "B-KFAC": _bkfac,
     "B-R-KFAC": _brkfac,
     "B-KFAC-C": _bkfacc,
+    "FD": _fd,
 }
 
 
@@ -104,7 +136,7 @@ def make_process(name: str, settings: Settings, side: str) -> Process:
         raise InputError(f"algorithm {name!r}: {base!r} is not one of {', '.join(_BASES)}")
     make = _BASES[base]
     allowed = make.__kwdefaults__ or {}
-    given: dict[str, int | float] = {}
+    given: dict[str, int | float | str] = {}
     for option in options:
         key, _, value = option.partition("=")
         if key not in allowed:
@@ -113,7 +145,9 @@ def make_process(name: str, settings: Settings, side: str) -> Process:
             given[key] = type(allowed[key])(value)
         except ValueError:
             raise InputError(f"algorithm {name!r}: {key} has no value {value!r}") from None
-        if not given[key] > 0:
+        if key == "sketch" and value not in _SKETCHES:
+            raise InputError(f"algorithm {name!r}: sketch {value!r} is not one of {', '.join(_SKETCHES)}")
+        if isinstance(given[key], int | float) and not given[key] > 0:  # type: ignore[operator]
             raise InputError(f"algorithm {name!r}: {key} must be positive")
     # The name itself seeds the draws, through its bytes: `hash` differs from run to run.
     rng = np.random.default_rng([settings.seed, ord(side), *name.encode()])

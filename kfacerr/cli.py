@@ -1,11 +1,11 @@
-"""The command line: `kfacerr replay`, `kfacerr info`."""
+"""The command line: `kfacerr replay`, `kfacerr verify`, `kfacerr info`."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -13,38 +13,57 @@ from tqdm import tqdm
 
 from .algorithms import SEVEN, Settings
 from .errors import InputError
-from .inverse import CONTINUATIONS
+from .files import write_atomically
+from .inverse import CONTINUATIONS, ESCAPED
 from .metrics import METRICS
-from .plot import METRIC_LABELS, error_figure
+from .plot import check_format, error_figure, save
 from .recording import LayerRecording, Recording
 from .replay import DAMPINGS, ErrorStudy, Row, table
 from .stream import Array, Step
+from .verify import Report, verify_layer
 
-__all__ = ["main"]
+__all__ = ["Parser", "main"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, as all errors of this package's command lines are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that gives the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0, 2 after bad input, 130 after Ctrl-C."""
+    """Runs a command; returns its exit status: 0, 1 if a claim fails, 2 after bad input, 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.command(arguments)
+        status: int | None = arguments.command(arguments)
     except InputError as error:
-        print(f"kfacerr: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("kfacerr: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return _failed(str(error), error, 2)
+    except KeyboardInterrupt as error:
+        return _failed("interrupted", error, 130)
+    return status or 0
+
+
+def _failed(message: str, error: BaseException, status: int) -> int:
+    print("kfacerr: " + "; ".join([message, *getattr(error, "__notes__", ())]), file=sys.stderr)
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kfacerr", description="How wrong is a cheap K-FAC inverse?")
+    parser = Parser(prog="kfacerr", description="How wrong is a cheap K-FAC inverse?")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     replay = commands.add_parser(
         "replay",
         help="measure the algorithms' errors on a recording",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
     )
     replay.set_defaults(command=_replay)
     replay.add_argument("recording", type=Path, metavar="REC", help="a K-factor recording (HDF5)")
@@ -54,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--phi", type=float, help="damping ratio (default: the recording's, else 0.1)")
     replay.add_argument("--oversampling", type=int, default=10, help="r_o of the RSVD")
     replay.add_argument("--n-pwr-it", type=int, default=4, help="power iterations of the RSVD")
-    replay.add_argument("--continuation", choices=tuple(CONTINUATIONS), default="min", help="of the spectrum")
+    replay.add_argument("--continuation", choices=(*CONTINUATIONS, ESCAPED), default="min", help="of the spectrum")
     replay.add_argument("--damping", choices=DAMPINGS, default="own", help="lambda of each method, or one for all")
     replay.add_argument(
         "--algorithms",
@@ -69,6 +88,21 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--out", required=True, type=Path, metavar="CSV", help="the error table")
     replay.add_argument("--plot", type=Path, metavar="FILE", help="a figure of the four metrics (pdf, png, svg)")
 
+    verify = commands.add_parser(
+        "verify",
+        help="check the paper's propositions and the certificates on a recording",
+        formatter_class=_Help,
+    )
+    verify.set_defaults(command=_verify)
+    verify.add_argument("recording", type=Path, metavar="REC", help="a K-factor recording (HDF5)")
+    verify.add_argument("--layer", nargs="+", metavar="NAME", help="the layers to check (default: all)")
+    verify.add_argument("--rank", type=int, metavar="R", help="truncation rank r (default: min(n, d/4))")
+    verify.add_argument("--rho", type=float, default=0.95, help="decay of the exponential average")
+    verify.add_argument("--phi", type=float, default=0.1, help="damping ratio of the inverse certificates")
+    verify.add_argument("--stretches", type=int, default=3, help="runs of updates that get the dense checks")
+    verify.add_argument("--length", type=int, metavar="L", help="updates in each (default: 2 to 5, by size)")
+    verify.add_argument("--seed", type=int, default=0, help="of sketches, corrections and probes")
+
     info = commands.add_parser("info", help="describe a recording")
     info.set_defaults(command=_info)
     info.add_argument("recording", type=Path, metavar="REC", help="a K-factor recording (HDF5)")
@@ -81,10 +115,61 @@ def _parser() -> argparse.ArgumentParser:
 def _info(arguments: argparse.Namespace) -> None:
     with Recording(arguments.recording) as recording:
         described = recording.info()
-    layers = described.pop("layers")
-    print("  ".join(f"{key} {value}" for key, value in described.items()))
-    frame = pd.DataFrame(layers).T if isinstance(layers, dict) else pd.DataFrame(layers)
-    print(frame.to_markdown())
+    print("{path}: {format} version {version}, {bytes:,} bytes".format(**described))
+    layers = [_described(name, layer) for name, layer in described["layers"].items()]
+    print(pd.DataFrame(layers).to_markdown(index=False) if layers else "no layers")
+
+
+def _described(name: str, layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer's row in the table of `kfacerr info`."""
+    shown = ("d_A", "d_G", "n", "dtype", "bias", "batch_size", "update_every", "steps", "updates")
+    return {
+        "layer": name,
+        **{key: str(layer[key]) for key in shown},
+        "iterations": f"{layer['first_k']} to {layer['last_k']}" if layer["steps"] else "none",
+        "phi": str(layer["has_phi"]),
+        "windows": ", ".join(map(_window, layer["windows"])) or "none",
+    }
+
+
+def _window(window: dict[str, int]) -> str:
+    """600+300 (epoch 15): first iteration, length, epoch, and how much of it is there if not all."""
+    missing = "" if window["recorded"] == window["length"] else f", {window['recorded']} recorded"
+    return f"{window['start']}+{window['length']} (epoch {window['epoch']}{missing})"
+
+
+# -------------------------------------------------------------------------------------------------- verify
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    options = {name: getattr(arguments, name) for name in ("rank", "rho", "phi", "stretches", "length")}
+    seed = _at_least("seed", arguments.seed, 0)
+    reports = []
+    with Recording(arguments.recording) as recording:
+        names = list(dict.fromkeys(arguments.layer or recording.layers))
+        if not names:
+            raise InputError(f"{arguments.recording}: no layers to check")
+        for layer in [recording.layer(name) for name in names]:
+            reports.append(verify_layer(layer, seed=seed, **options))
+            print(_report(reports[-1]), end="\n\n", flush=True)
+    failed = sum(not finding.holds for report in reports for finding in report.findings)
+    print("every claim holds" if not failed else f"{failed} claims fail")
+    return int(failed > 0)
+
+
+def _report(report: Report) -> str:
+    rows = [
+        {
+            "claim": finding.claim,
+            "holds": "yes" if finding.holds else f"NO ({finding.failures} fail)",
+            "instances": finding.instances,
+            "slack": finding.slack,
+            "tightest at": finding.where,
+        }
+        for finding in report.findings
+    ]
+    table = pd.DataFrame(rows).to_markdown(index=False, floatfmt=".2g")
+    return "\n".join([f"layer {report.layer}", *report.coverage, "", table])
 
 
 # -------------------------------------------------------------------------------------------------- replay
@@ -93,8 +178,9 @@ def _info(arguments: argparse.Namespace) -> None:
 def _replay(arguments: argparse.Namespace) -> None:
     convert = _BACKENDS[arguments.backend](arguments.dtype)
     for path in filter(None, (arguments.out, arguments.plot)):
-        if not path.parent.is_dir():
-            raise InputError(f"{path}: the folder {path.parent} does not exist")
+        _check_output(path, arguments.recording)
+    if arguments.plot is not None:
+        check_format(arguments.plot)
     settings = Settings(
         rank=_at_least("rank", arguments.rank, 1),
         rho=arguments.rho,
@@ -105,7 +191,7 @@ def _replay(arguments: argparse.Namespace) -> None:
     with Recording(arguments.recording) as recording:
         layer = recording.layer(arguments.layer)
         if not layer.windows:
-            raise InputError(f"{arguments.recording}, layer {layer.name!r}: no windows to measure in")
+            raise InputError(f"{arguments.recording}: layer {layer.name!r}: no windows to measure in")
         study = ErrorStudy(
             tuple(dict.fromkeys(arguments.algorithms)),
             settings,
@@ -114,13 +200,28 @@ def _replay(arguments: argparse.Namespace) -> None:
             continuations=(arguments.continuation,),
             damping=arguments.damping,
         )
-        rows = _measure(study, layer, convert, arguments)
-        frame = table(rows)
-        _write(arguments.out, lambda path: frame.to_csv(path, index=False, float_format="%.12g"))
+        frame = table(_measure(study, layer, convert, arguments))
+        _write_table(arguments.out, frame)
         if arguments.plot is not None:
             figure = error_figure(frame, METRICS, block=layer.update_every, title=f"layer {layer.name}")
-            _write(arguments.plot, lambda path: figure.savefig(path, dpi=200))
-    print(averages(frame).to_markdown(floatfmt=".3g"))
+            save(figure, arguments.plot)
+    print(averages(frame).to_markdown(index=False, floatfmt=".3g"))
+
+
+def _check_output(path: Path, recording: Path) -> None:
+    """Refuses before the work what would fail, or do harm, after it."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, a file's name is needed")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: the folder {path.parent} is not writable")
+    if path.resolve() == recording.resolve():
+        raise InputError(f"{path}: is the recording itself")
+
+
+def _write_table(path: Path, frame: pd.DataFrame) -> None:
+    write_atomically(path, lambda temporary: frame.to_csv(temporary, index=False, float_format="%.12g"))
 
 
 def _measure(
@@ -128,18 +229,18 @@ def _measure(
 ) -> list[Row]:
     """All rows of the layer; what is computed when something goes wrong is kept beside `--out`."""
     rows: list[Row] = []
-    where = f"{arguments.recording}, layer {layer.name!r}"
+    where = f"{arguments.recording}: layer {layer.name!r}"
     try:
         for step in tqdm(_steps(layer, convert, arguments.phi), total=len(layer), unit="step", disable=None):
             try:
                 rows += study.push(step)
             except InputError as error:
                 raise InputError(f"{where}, {error}") from None
-    except (InputError, KeyboardInterrupt):
+    except BaseException as error:
         if rows:
             kept = arguments.out.with_name(arguments.out.name + ".partial")
-            table(rows).to_csv(kept, index=False, float_format="%.12g")
-            print(f"kfacerr: the {len(rows)} rows computed so far are in {kept}", file=sys.stderr)
+            _write_table(kept, table(rows))
+            error.add_note(f"the {len(rows)} rows computed so far are in {kept}")
         raise
     if not rows:
         raise InputError(f"{where}: no recorded iteration lies in a window")
@@ -155,26 +256,13 @@ def averages(frame: pd.DataFrame) -> pd.DataFrame:
     """The mean of every metric over each window, algorithms in their order (the error columns of Table 1)."""
     order = list(dict.fromkeys(frame.algorithm))
     mean = frame.groupby(["epoch", "algorithm", "metric"]).value.mean().unstack()
-    mean = mean.reindex(order, level="algorithm")[list(METRICS)]
-    return mean.rename(columns=METRIC_LABELS).reset_index()
+    return mean.reindex(order, level="algorithm")[list(METRICS)].reset_index()
 
 
 def _at_least(what: str, value: int, least: int) -> int:
     if value < least:
         raise InputError(f"--{what} must be at least {least}, got {value}")
     return value
-
-
-def _write(path: Path, writer: Callable[[Path], Any]) -> None:
-    """Writes under a temporary name beside `path` and renames: `path` is never half written."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        writer(temporary)
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ backends

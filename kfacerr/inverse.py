@@ -20,6 +20,7 @@ from .stream import Array
 
 __all__ = [
     "CONTINUATIONS",
+    "ESCAPED",
     "DampedInverse",
     "DenseInverse",
     "Inverse",
@@ -125,6 +126,9 @@ CONTINUATIONS: dict[str, Callable[[LowRank, Array | None], Array]] = {
     "trace": _trace,
 }
 
+ESCAPED = "escaped"
+"""A continuation that adds the process's escaped mass to all modes; only for processes that keep one."""
+
 
 def continuation_level(X: LowRank, continuation: str, trace: Array | None = None) -> Array:
     """tau, a 0-d array. `trace` is the EA factor's trace when X was formed, for continuation "trace".
@@ -151,6 +155,7 @@ def damped_inverse(
     lam: Array | None = None,
     continuation: str = "min",
     trace: Array | None = None,
+    level: Array | None = None,
 ) -> DampedInverse:
     """The damped, continued inverse of a representation.
 
@@ -158,8 +163,9 @@ def damped_inverse(
         X: the representation, at least one mode.
         phi: damping ratio; lam = phi * lambda_max(X).
         lam: a damping given instead (the reference's, for damping "common").
-        continuation: "none", "min" (the paper's) or "trace".
+        continuation: "none", "min" (the paper's), "trace", or "escaped": (M~ + level I + lam I)^-1, as in Sketchy.
         trace: trace of the EA factor, for "trace".
+        level: escaped mass, for "escaped".
 
     Raises:
         InputError: phi not positive, or neither or both of phi and lam given.
@@ -172,6 +178,10 @@ def damped_inverse(
         assert phi is not None
         check_phi(phi)
         lam = phi * X.lambda_max
+    if continuation == ESCAPED:
+        if level is None:
+            raise InputError("continuation 'escaped' needs an escaped mass, which only FD keeps")
+        return DampedInverse(X, lam + level, _none(X, trace))
     return DampedInverse(X, lam, continuation_level(X, continuation, trace))
 
 

@@ -1,16 +1,22 @@
 """Figures 1 and 2 in the paper's layout from a tidy error table: rows are windows, columns are metrics.
 
-No global matplotlib state is touched: every function returns a `Figure` for the caller to save.
+No global matplotlib state is touched. The same table gives the same file, byte for byte.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.lines import Line2D
 
-__all__ = ["METRIC_LABELS", "error_curves", "error_figure", "style"]
+from .errors import InputError
+from .files import write_atomically
+
+__all__ = ["METRIC_LABELS", "check_format", "error_curves", "error_figure", "save", "style"]
 
 METRIC_LABELS = {
     "inverse_A": r"(1) error in $\mathcal{A}^{-1}$",
@@ -33,10 +39,22 @@ _STYLES = {  # Okabe-Ito colours; the line style tells them apart without colour
 _SPARE = [(c, s) for s in (":", (0, (3, 1, 1, 1)), (0, (5, 3))) for c, _ in _STYLES.values()]
 
 
-def style(algorithms: Sequence[str]) -> dict[str, tuple[str, object]]:
-    """Colour and line style of each algorithm: fixed for the paper's seven, the same in every figure."""
-    spare = iter(_SPARE)
-    return {name: _STYLES.get(name) or next(spare) for name in algorithms}
+def style(algorithms: Sequence[str]) -> dict[str, tuple[str, Any]]:
+    """Colour and line style of each algorithm: fixed for the paper's seven, the same in every figure.
+
+    Others take the colour of the one that they vary ("R-KFAC T_inv=50 rank=476"), while there are line styles.
+    """
+    free = list(_SPARE)
+    styles: dict[str, tuple[str, Any]] = {}
+    for name in algorithms:
+        if name in _STYLES:
+            styles[name] = _STYLES[name]
+            continue
+        colour = next((c for base, (c, _) in _STYLES.items() if name.startswith(f"{base} ")), None)
+        free = free or list(_SPARE)
+        styles[name] = next((look for look in free if look[0] == colour), free[0])
+        free.remove(styles[name])
+    return styles
 
 
 def error_curves(frame: pd.DataFrame, metric: str, epoch: int, block: int) -> pd.DataFrame:
@@ -62,13 +80,19 @@ def error_curves(frame: pd.DataFrame, metric: str, epoch: int, block: int) -> pd
     return curves.rename(columns={"min": "low", "max": "high"})
 
 
-def _floor(values: pd.Series) -> float | None:
-    """The axis' lower end: a decade below the smallest error that is not mere rounding, else matplotlib's choice.
+def _limits(curves: pd.DataFrame) -> tuple[float, float] | None:
+    """The log axis: all errors that are not mere rounding, with a margin; None if there are none.
 
-    K-FAC is exact right after its EVD; drawn at 1e-15 that would leave no room for anything else.
+    K-FAC is exact right after its EVD; an axis down to 1e-15 would leave no room for anything else.
     """
-    real = values[values > ROUNDING]
-    return None if real.empty or real.size == values.size else float(real.min()) / 3
+    values = curves[["low", "high"]].to_numpy()
+    values = values[np.isfinite(values) & (values > 0)]
+    if not values.size:
+        return None
+    high = float(values.max())
+    low = float(values[values > min(ROUNDING, high / 2)].min())
+    margin = max(1.3, (high / low) ** 0.06)
+    return low / margin, high * margin
 
 
 def error_figure(frame: pd.DataFrame, metrics: Sequence[str], *, block: int = 10, title: str = "") -> Figure:
@@ -83,7 +107,7 @@ def error_figure(frame: pd.DataFrame, metrics: Sequence[str], *, block: int = 10
     epochs = sorted(frame.epoch.unique())
     algorithms = list(dict.fromkeys(frame.algorithm))
     styles = style(algorithms)
-    figure = Figure(figsize=(3.4 * len(metrics), 2.1 * len(epochs) + 1.0), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(metrics), 1.7 * len(epochs) + 0.8), layout="constrained")
     axes = figure.subplots(len(epochs), len(metrics), squeeze=False, sharex=True)
     for row, epoch in enumerate(epochs):
         for column, metric in enumerate(metrics):
@@ -91,19 +115,19 @@ def error_figure(frame: pd.DataFrame, metrics: Sequence[str], *, block: int = 10
             curves = error_curves(frame, metric, epoch, block)
             for name in algorithms:
                 curve = curves[curves.algorithm == name]
+                if curve.empty:
+                    continue
                 colour, line = styles[name]
                 # The error is constant over a block, so each is drawn as a step of the block's length.
                 x = np.append(curve.iteration, curve.iteration.max() + block)
                 y, low, high = (np.append(curve[c], curve[c].iloc[-1]) for c in ("mean", "low", "high"))
-                ax.step(x, y, where="post", color=colour, linestyle=line, linewidth=1.1, label=name)
+                ax.step(x, y, where="post", color=colour, linestyle=line, linewidth=1.0)
                 ax.fill_between(x, low, high, step="post", color=colour, alpha=0.12, linewidth=0)
-            if (curves["mean"] > 0).any():
-                ax.set_yscale("log")
-                ax.set_ylim(bottom=_floor(curves["low"]))
-                ax.yaxis.set_major_locator(LogLocator(numticks=8))
-                ax.yaxis.set_minor_formatter(NullFormatter())
+            if (limits := _limits(curves)) is not None:
+                ax.set_yscale("log", nonpositive="clip")
+                ax.set_ylim(limits)
             ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
-            ax.tick_params(labelsize=7)
+            ax.tick_params(which="both", labelsize=7)
             ax.margins(x=0)
             if row == 0:
                 ax.set_title(METRIC_LABELS.get(metric, metric), fontsize=8)
@@ -111,8 +135,24 @@ def error_figure(frame: pd.DataFrame, metrics: Sequence[str], *, block: int = 10
                 ax.set_xlabel("iteration in the window", fontsize=8)
             if column == 0:
                 ax.set_ylabel(f"epoch {epoch}", fontsize=8)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    handles = [Line2D([], [], color=c, linestyle=s, linewidth=1.0, label=name) for name, (c, s) in styles.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     if title:
         figure.suptitle(title, fontsize=8)
     return figure
+
+
+_UNDATED: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".png": {}, ".svg": {"Date": None}}
+
+
+def check_format(path: Path) -> None:
+    """Refuses a file name whose suffix is no format of ours."""
+    if path.suffix not in _UNDATED:
+        raise InputError(f"{path}: a figure's name must end in {', '.join(_UNDATED)}")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes the figure in the format of the path's suffix, without a date."""
+    check_format(path)
+    with mpl.rc_context({"svg.hashsalt": "kfacerr"}):
+        write_atomically(path, lambda p: figure.savefig(p, dpi=300, metadata=_UNDATED[path.suffix]))

@@ -16,6 +16,7 @@ from .backend import check_columns, namespace, to_numpy
 from .errors import InputError
 from .inverse import (
     CONTINUATIONS,
+    ESCAPED,
     DampedInverse,
     DenseInverse,
     check_phi,
@@ -103,6 +104,7 @@ class _Side:
                 lam=self.lam if damping == "common" else None,
                 continuation=continuation,
                 trace=estimate.trace,
+                level=estimate.level,
             )
         elif held.reference is self.reference:
             return held
@@ -145,7 +147,7 @@ class ErrorStudy:
         check_phi(phi)
         _check_choice("damping", damping, DAMPINGS)
         for kind in continuations:
-            _check_choice("continuation", kind, CONTINUATIONS)
+            _check_choice("continuation", kind, (*CONTINUATIONS, ESCAPED))
         self.windows = sorted(windows)
         for one, other in zip(self.windows, self.windows[1:], strict=False):
             if other.start in one:

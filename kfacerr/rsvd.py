@@ -1,4 +1,4 @@
-"""Decompositions of a dense EA factor M: exact EVD (K-FAC), randomised SVD (RS-KFAC) and EVD (SRE-KFAC).
+"""Decompositions of a dense EA factor M: exact EVD (K-FAC), randomised SVD (RS-KFAC), EVD (SRE-KFAC), Nyström.
 
 Halko, Martinsson & Tropp, SIAM Review 53 (2011), for a symmetric p.s.d. M: the range finder is
 Q = orth(M^(q+1) W) with W Gaussian of r + r_o columns and q power iterations, orthonormalised in between.
@@ -12,7 +12,7 @@ from .errors import InputError
 from .lowrank import LowRank
 from .stream import Array
 
-__all__ = ["evd", "rsvd", "srevd"]
+__all__ = ["evd", "nystrom", "rsvd", "srevd"]
 
 
 def evd(M: Array, r: int | None = None) -> LowRank:
@@ -59,6 +59,31 @@ def srevd(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.
     C = Q.T @ (M @ Q)
     w, V = eigh_descending((C + C.T) / 2, "EA factor")
     return LowRank(Q @ V[:, :r], _without_null(w[:r], M.shape[0]))
+
+
+def nystrom(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.Generator) -> LowRank:
+    """Nyström, (M Q)(Q^T M Q)^+ (M Q)^T truncated to r (Tropp et al. 2017, Algorithm 3). Arguments as for `rsvd`.
+
+    M~ <= M, and at the cost of RS it is never worse: `kfacerr.certificate` has both proofs.
+
+    Tropp et al. add nu I to M, factor Q^T M Q + nu I by Cholesky and take nu off the eigenvalues at the end. Here
+    the eigenvalues of C = Q^T M Q are raised to at least nu instead. The inverse of a larger C is smaller, so that
+    this cannot break M~ <= M either; nothing can fail, and the eigenvalues above nu are as they are.
+    """
+    if _covers(M, r, oversampling, n_pwr_it):
+        return evd(M, r)
+    xp = namespace(M)
+    Q = _range(M, r + oversampling, n_pwr_it, rng)
+    Y = M @ Q
+    C = Q.T @ Y
+    w, V = eigh_descending((C + C.T) / 2, "EA factor")
+    floor = M.shape[0] ** 0.5 * eps(M) * w[0]
+    w = xp.maximum(w, floor * xp.ones_like(w))
+    w = xp.where(w > 0, w, xp.ones_like(w))  # M = 0
+    # M~ = F F^T. Through a QR, not a Gram matrix, for the sake of the small eigenvalues.
+    QF, RF = xp.linalg.qr((Y @ V) / xp.sqrt(w)[None, :])
+    U, S, _ = xp.linalg.svd(RF, full_matrices=False)
+    return LowRank(QF @ U[:, :r], _without_null(S[:r] ** 2, M.shape[0]))
 
 
 def _covers(M: Array, r: int, oversampling: int, n_pwr_it: int) -> bool:

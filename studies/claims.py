@@ -162,21 +162,23 @@ def judge(errors: pd.DataFrame, dataset: str) -> str:
         "Curves are averages over the 10 iterations between two updates; metrics (1)-(4) are those of §4.2.",
         "A verdict is that of the mean curve over seeds; n of N counts the runs (seed, window) that agree.",
     ]
+    windows = [
+        (f"{variant}, epoch {epoch}", _over_seeds(window), [Curves(run) for _, run in window.groupby("seed")])
+        for variant, frame in _variants(errors).items()
+        for epoch, window in frame.groupby("epoch")
+    ]
     for name, claim in CLAIMS.items():
         text = " ".join((claim.__doc__ or "").split("\n")[0].split())
         lines += ["", f"## {name}. {text}", ""]
-        for variant, frame in _variants(errors).items():
-            for epoch, window in frame.groupby("epoch"):
-                finding = _safely(claim, _over_seeds(window))
-                if finding is None:
-                    lines.append(f"- {variant}, epoch {epoch}: the window is not complete")
-                    continue
-                agree = [_safely(claim, Curves(run)) for _, run in window.groupby("seed")]
-                count = sum(f is not None and f.holds for f in agree)
-                verdict = "**holds**" if finding.holds else "**does not hold**"
-                lines.append(
-                    f"- {variant}, epoch {epoch}: {verdict} (in {count} of {len(agree)}). {finding.numbers}"
-                )
+        for where, mean, runs in windows:
+            finding = _safely(claim, mean)
+            if finding is None:
+                lines.append(f"- {where}: the window is not complete")
+                continue
+            agree = [_safely(claim, run) for run in runs]
+            count = sum(f is not None and f.holds for f in agree)
+            verdict = "**holds**" if finding.holds else "**does not hold**"
+            lines.append(f"- {where}: {verdict} (in {count} of {len(agree)}). {finding.numbers}")
     return "\n".join(lines) + "\n"
 
 

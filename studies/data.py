@@ -62,11 +62,18 @@ class Dataset:
         mean = total / count
         return mean / 255, (squares / count - mean.square()).clamp(min=0).sqrt() / 255
 
-    def subset(self, n_train: int) -> "Dataset":
-        """The first `n_train` train images (as the official order is shuffled), and the whole test set."""
-        if not 1 <= n_train <= len(self.train_images):
-            raise InputError(f"{self.name}: n_train = {n_train} of {len(self.train_images)} train images")
-        return replace(self, train_images=self.train_images[:n_train], train_labels=self.train_labels[:n_train])
+    def subset(self, n_train: int | None, n_test: int | None = None) -> "Dataset":
+        """The first `n_train` train and `n_test` test images, as the official order is shuffled; None for all."""
+        for part, n, there in (("train", n_train, self.train_labels), ("test", n_test, self.test_labels)):
+            if n is not None and not 1 <= n <= len(there):
+                raise InputError(f"{self.name}: n_{part} = {n} of {len(there)} {part} images")
+        return replace(
+            self,
+            train_images=self.train_images[:n_train],
+            train_labels=self.train_labels[:n_train],
+            test_images=self.test_images[:n_test],
+            test_labels=self.test_labels[:n_test],
+        )
 
 
 @dataclass(frozen=True)

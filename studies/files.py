@@ -1,12 +1,10 @@
-"""Files a study leaves: written whole or not at all, checkpoints, and the record of the environment."""
+"""What a study leaves beside its tables: checkpoints, and the record of the environment."""
 
-import contextlib
 import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,38 +12,11 @@ from typing import Any
 import torch
 
 from kfacerr.errors import InputError
+from kfacerr.files import write_atomically
 
 _CHECKPOINT = {"format": "kfacerr-checkpoint", "version": 1}
 _PACKAGES = ("kfacerr", "torch", "numpy", "scipy", "pandas", "h5py", "matplotlib", "scikit-learn")
 _CUPY_PACKAGES = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
-
-
-def write_atomically(path: Path, writer: Callable[[Path], object]) -> None:
-    """Have `writer` write a temporary file beside `path`, then rename it: a reader never sees half a file.
-
-    Makes missing folders. If the writer fails, or is interrupted, an older `path` is left as it was.
-
-    Raises:
-        InputError: the file cannot be written; names it.
-    """
-    # The suffix stays last, because savefig and to_csv choose their format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # if `path.parent` is no folder, that is being reported already
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

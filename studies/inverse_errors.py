@@ -11,38 +11,46 @@ holds the same errors at equal rank and with the `trace` continuation. A run tha
 import argparse
 import dataclasses
 import json
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import joblib
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from figures.render import render
 from kfacerr.algorithms import SEVEN, Settings
+from kfacerr.cli import Parser
 from kfacerr.errors import InputError
-from kfacerr.recording import RecordingWriter
+from kfacerr.files import write_text
+from kfacerr.recorder import RecordingWriter
 from kfacerr.replay import ErrorStudy, Row
 from kfacerr.stream import Step
 from kfacerr.torch import ColumnHooks
 from studies.claims import judge
-from studies.data import Dataset, load_cifar10, load_digits_rgb
-from studies.files import environment, load_checkpoint, save_checkpoint, write_atomically, write_text
+from studies.data import Dataset
 from studies.presets import PRESETS, Preset
-from studies.training import Training, TrainingConfig, select_device
+from studies.running import (
+    Outcome,
+    Stop,
+    add_data_arguments,
+    add_job_arguments,
+    check_at_least,
+    in_parallel,
+    load_dataset,
+    open_output,
+    run_job,
+    verdict,
+    write_csv,
+)
+from studies.training import Training, TrainingConfig, find_driver, select_device
 
 __all__ = ["SeedRun", "main"]
 
 LAYER = "fc0"
-CHECKPOINT_SECONDS = 300
 EVALUATE_EPOCHS = 5  # epochs between looks at the test set
-SIGNAL = "by a signal"
 
 
 class SeedRun:
@@ -88,6 +96,14 @@ class SeedRun:
         self.log: list[tuple[int, float, float]] = []
         self.recording = recording
         self._writer: RecordingWriter | None = None
+
+    @property
+    def name(self) -> str:
+        return f"seed {self.seed}"
+
+    @property
+    def position(self) -> int:
+        return self.training.k
 
     @property
     def finished(self) -> bool:
@@ -185,50 +201,26 @@ def checkpoint_path(out: Path, seed: int) -> Path:
 
 def write_results(out: Path, dataset: str, states: Sequence[dict[str, Any]]) -> None:
     """Every table and figure from the seeds' states, finished or not."""
+    if not states:
+        return
     frames = [pd.DataFrame(s["rows"], columns=list(Row._fields)).assign(seed=s["seed"]) for s in states]
     frame = pd.concat(frames, ignore_index=True)
     main = frame.algorithm.isin(SEVEN) & (frame.continuation == "min")
-    _write_csv(out / "errors.csv", frame[main])
-    _write_csv(out / "variants.csv", frame[~main])
+    write_csv(out / "errors.csv", frame[main])
+    write_csv(out / "variants.csv", frame[~main])
     spectra = [
         pd.DataFrame({"seed": s["seed"], "epoch": e, "factor": side, "index": range(len(w)), "eigenvalue": w})
         for s in states
         for e, side, w in s["spectra"]
     ]
     if spectra:
-        _write_csv(out / "spectra.csv", pd.concat(spectra, ignore_index=True))
+        write_csv(out / "spectra.csv", pd.concat(spectra, ignore_index=True))
     log = [(s["seed"], *entry) for s in states for entry in s["log"]]
     columns = ["seed", "epoch", "test_loss", "test_accuracy"]
-    _write_csv(out / "training.csv", pd.DataFrame(log, columns=columns))
+    write_csv(out / "training.csv", pd.DataFrame(log, columns=columns))
     if len(frame):
         write_text(out / "claims.md", judge(frame, dataset))
         render(out)
-
-
-def _write_csv(path: Path, frame: pd.DataFrame) -> None:
-    write_atomically(path, lambda temporary: frame.to_csv(temporary, index=False, float_format="%.8g"))
-
-
-def open_output(out: Path, config: dict[str, Any], resume: bool) -> None:
-    """Makes DIR, or checks that what is there belongs to the same study.
-
-    Raises:
-        InputError: DIR holds a study already (without resume), or another one (with it).
-    """
-    path = out / "config.json"
-    if path.exists():
-        if not resume:
-            raise InputError(f"{out} holds a study already: continue it with --resume or name another --out")
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not readable as a study's configuration: {error}") from None
-        for key, value in config.items():
-            if there.get(key) != value:
-                raise InputError(f"{path}: {key} is {there.get(key)} there and {value} here")
-    else:
-        write_text(path, json.dumps(config, indent=2) + "\n")
-        write_text(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
 
 # --------------------------------------------------------------------------------------------- command line
@@ -242,25 +234,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"inverse_errors: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("inverse_errors: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m studies.inverse_errors", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m studies.inverse_errors", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", required=True, choices=tuple(PRESETS))
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="where CIFAR-10 is (default: the user's cache)")
-    parser.add_argument(
-        "--accept-modified-data", action="store_true", help="take images that are not the official"
-    )
-    parser.add_argument("--seed", type=int, nargs="+", metavar="S", help="seeds (default: the preset's)")
+    add_data_arguments(parser)
+    add_job_arguments(parser)
     parser.add_argument("--driver", help="what drives the training (default: the preset's)")
     parser.add_argument("--trajectory", choices=("shared",), default="shared", help="one run for all algorithms")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, or auto")
-    parser.add_argument("--time-limit", type=float, metavar="S", help="stop after S seconds, resumable")
-    parser.add_argument("--step-limit", type=int, metavar="N", help="stop each seed after N iterations, resumable")
-    parser.add_argument("--jobs", type=int, default=1, metavar="J", help="seeds to run side by side")
     parser.add_argument("--record", action="store_true", help="also write each seed's K-factor recording")
-    parser.add_argument("--resume", action="store_true", help="continue what DIR holds")
     return parser
 
 
@@ -270,10 +256,13 @@ def _run(arguments: argparse.Namespace) -> int:
         preset = dataclasses.replace(preset, seeds=tuple(dict.fromkeys(arguments.seed)))
     if arguments.driver:
         preset = dataclasses.replace(preset, driver=arguments.driver)
-    select_device(arguments.device)
-    if arguments.jobs < 1:
-        raise InputError(f"--jobs must be at least 1, got {arguments.jobs}")
-    dataset = _load(preset, arguments)
+    _check(arguments, preset)
+    dataset = load_dataset(
+        preset.dataset,
+        arguments.data,
+        accept_modified=arguments.accept_modified_data,
+        n_train=preset.n_train,
+    )
     config = json.loads(json.dumps(dataclasses.asdict(preset))) | {
         "data": dataset.name,
         "layer": LAYER,
@@ -285,126 +274,40 @@ def _run(arguments: argparse.Namespace) -> int:
         joblib.delayed(run_seed)(preset, dataset, seed, arguments.device, arguments.out, arguments.record, stop)
         for seed in preset.seeds
     ]
-    threads = max(1, torch.get_num_threads() // arguments.jobs)
     outcomes: list[Outcome] = []
-    with joblib.parallel_config("loky", n_jobs=arguments.jobs, inner_max_num_threads=threads), stop.listening():
-        for outcome in joblib.Parallel(return_as="generator")(jobs):
+    with stop.listening():
+        for outcome in in_parallel(jobs, arguments.jobs):
             outcomes.append(outcome)
             write_results(arguments.out, dataset.name, [o.state for o in outcomes if o.state is not None])
     table = arguments.out / "table1.md"
     if table.exists():
         print(table.read_text(encoding="utf-8"))
-    for outcome in outcomes:
-        if outcome.error:
-            raise InputError(f"seed {outcome.seed}: {outcome.error}")
-    reasons = {outcome.stopped for outcome in outcomes if outcome.stopped}
-    if reasons:
-        print(f"inverse_errors: stopped {', '.join(sorted(reasons))}; continue with --resume", file=sys.stderr)
-        return 130 if SIGNAL in reasons else 0
-    print(f"inverse_errors: results are in {arguments.out}", file=sys.stderr)
-    return 0
+    return verdict("inverse_errors", outcomes, arguments.out)
 
 
-def _load(preset: Preset, arguments: argparse.Namespace) -> Dataset:
-    if preset.dataset == "digits":
-        dataset = load_digits_rgb()
-    else:
-        dataset = load_cifar10(arguments.data, accept_modified=arguments.accept_modified_data)
-    return dataset if preset.n_train is None else dataset.subset(preset.n_train)
-
-
-class Outcome(NamedTuple):
-    """What became of a seed: its results if there are any, why it stopped, or what went wrong."""
-
-    seed: int
-    state: dict[str, Any] | None
-    stopped: str = ""
-    error: str = ""
+def _check(arguments: argparse.Namespace, preset: Preset) -> None:
+    """Refuses what would fail later, before anything is written to DIR."""
+    select_device(arguments.device)
+    find_driver(preset.driver)
+    check_at_least(
+        jobs=(arguments.jobs, 1),
+        seed=(min(preset.seeds), 0),
+        time_limit=(arguments.time_limit, 0),
+        step_limit=(arguments.step_limit, 0),
+    )
 
 
 def run_seed(
-    preset: Preset, dataset: Dataset, seed: int, device: str, out: Path, record: bool, stop: "Stop"
+    preset: Preset, dataset: Dataset, seed: int, device: str, out: Path, record: bool, stop: Stop
 ) -> Outcome:
     """Takes one seed's run as far as `stop` allows; a job of its own, whatever process it runs in."""
-    path = checkpoint_path(out, seed)
-    saved = load_checkpoint(path) if path.exists() else None
-    if saved is not None and saved["finished"]:
-        return Outcome(seed, saved)
-    with stop.listening():
-        if stop():
-            return Outcome(seed, saved, stop.reason)
-        run = SeedRun(preset, dataset, seed, device, out / f"recording-seed-{seed}.h5" if record else None)
-        if saved is not None:
-            run.load_state_dict(saved)
-        try:
-            _advance(run, path, stop)
-            return Outcome(seed, run.results(), stop.reason)
-        except InputError as error:
-            return Outcome(seed, run.results(), error=str(error))
-        finally:
-            run.close()
-
-
-def _advance(run: SeedRun, checkpoint: Path, stop: Callable[[], bool]) -> None:
-    """Runs to the end or until `stop`; saves the state on the way and at the end."""
-    saved = time.monotonic()
-    bar = tqdm(total=run.end, initial=run.training.k, unit="step", desc=f"seed {run.seed}", disable=None)
-    with bar:
-        while not run.finished and not stop():
-            run.advance()
-            bar.update()
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                save_checkpoint(checkpoint, run.state_dict())
-                saved = time.monotonic()
-    save_checkpoint(checkpoint, run.state_dict())
-
-
-class Stop:
-    """Asked before every iteration of a seed: whether a limit is reached or Ctrl-C was pressed.
-
-    Args:
-        marker: a file by which a signal that reached one process reaches the jobs that others have yet to start.
-        time_limit: seconds from now on, or None.
-        step_limit: iterations of each seed, or None.
-    """
-
-    def __init__(self, marker: Path, time_limit: float | None, step_limit: int | None) -> None:
-        self.marker = marker
-        self.deadline = None if time_limit is None else time.time() + time_limit
-        self.steps = step_limit
-        self.reason = ""
-        marker.unlink(missing_ok=True)
-
-    def __call__(self) -> bool:
-        if self.deadline is not None and time.time() >= self.deadline:
-            self.reason = self.reason or "at the time limit"
-        elif self.steps is not None and self.steps < 0:
-            self.reason = self.reason or "at the step limit"
-        elif self.steps is not None:
-            self.steps -= 1
-        return bool(self.reason)
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within it a first Ctrl-C or SIGTERM lets the iteration finish and be saved; a second one does not."""
-        steps = self.steps
-        if self.marker.exists():
-            self.reason = SIGNAL
-
-        def on_signal(number: int, frame: object) -> None:
-            if self.reason == SIGNAL:
-                raise KeyboardInterrupt
-            self.reason = SIGNAL
-            self.marker.parent.mkdir(parents=True, exist_ok=True)
-            self.marker.touch()
-
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            self.steps = steps
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    recording = out / f"recording-seed-{seed}.h5" if record else None
+    return run_job(
+        f"seed {seed}",
+        checkpoint_path(out, seed),
+        lambda: SeedRun(preset, dataset, seed, device, recording),
+        stop,
+    )
 
 
 if __name__ == "__main__":

@@ -6,23 +6,37 @@ as if it had not been (bitwise on the CPU), with no generator states to save.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from kfacerr.errors import InputError
 from studies.data import Dataset
+from studies.drivers import DRIVERS, Driver, find_driver
 from studies.networks import VGG16BN, vgg16_bn
-from studies.schedules import cosine_learning_rate
+
+__all__ = [
+    "DRIVERS",
+    "Diverged",
+    "Driver",
+    "Purpose",
+    "Training",
+    "TrainingConfig",
+    "crop_and_mirror",
+    "derived_seed",
+    "find_driver",
+    "select_device",
+]
 
 PADDING = 4  # of the random crop (design §4)
 CHECK_EVERY = 50  # iterations between looks at the loss, each of which makes the host wait for the device
+PAPER_EPOCHS = 50
 _EVALUATION_BATCH = 500
 
 
@@ -37,6 +51,10 @@ class TrainingConfig:
         learning_rate: the peak of the driver's schedule.
         augment: random crops, and mirror images where the data set allows them.
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
+        schedule_epochs: epochs over which the paper's schedules, which are for 50, run here; 0 for `epochs`.
+        rank_scale: of the paper's ranks, for drivers that have one.
+        continuation: of the spectrum, for drivers that have one.
+        equal_rank: R-KFAC has rank r + n on the first FC layer, the rank at which the B- variants are applied.
     """
 
     batch_size: int
@@ -49,49 +67,28 @@ class TrainingConfig:
     weight_decay: float = 5e-4
     augment: bool = True
     device: str = "auto"
+    schedule_epochs: int = 0
+    rank_scale: float = 1.0
+    continuation: str = "min"
+    equal_rank: bool = False
+
+    def paper_epoch(self, epoch: int) -> int:
+        """The epoch of the paper's 50 that stands for `epoch` in its schedules."""
+        return epoch * PAPER_EPOCHS // (self.schedule_epochs or self.epochs)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "width", "learning_rate"):
+        for name in ("batch_size", "epochs", "width", "learning_rate", "rank_scale"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise InputError(f"{name} must be positive, not {value}")
-        for name in ("seed", "momentum", "weight_decay"):
+        for name in ("seed", "momentum", "weight_decay", "schedule_epochs"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise InputError(f"{name} must not be negative, but is {value}")
 
 
-class Driver(NamedTuple):
-    """What drives the training: how to build the optimizer, and its learning rate in each epoch."""
-
-    make_optimizer: Callable[[nn.Module, TrainingConfig], torch.optim.Optimizer]
-    learning_rate: Callable[[TrainingConfig, int], float]
-
-
-def _sgd(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        model.parameters(),
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
-    )
-
-
-DRIVERS = {
-    "sgd": Driver(_sgd, lambda config, epoch: cosine_learning_rate(epoch, config.epochs, config.learning_rate)),
-}
-
-
-def find_driver(name: str) -> Driver:
-    """The driver called `name`.
-
-    Raises:
-        InputError: there is none; lists those there are.
-    """
-    if name not in DRIVERS:
-        raise InputError(f"no driver is called {name!r}; there are: {', '.join(sorted(DRIVERS))}")
-    return DRIVERS[name]
+class Diverged(InputError):
+    """The loss of a training step is not finite."""
 
 
 def select_device(name: str) -> torch.device:
@@ -186,7 +183,7 @@ class Training:
         # PyTorch's annotation of Module.to leaves out memory_format alone.
         self.model: VGG16BN = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._driver = driver or find_driver(config.driver)
-        self.optimizer = self._driver.make_optimizer(self.model, config)
+        self.optimizer = self._driver.make_optimizer(self.model, config, self.steps_per_epoch)
         self._identity = {
             **{name: value for name, value in asdict(config).items() if name != "device"},
             "dataset": dataset.name,
@@ -221,17 +218,20 @@ class Training:
             The mean loss of the batch before the update, a scalar on the device.
 
         Raises:
-            InputError: the run is over, or the loss was not finite since the last look.
+            InputError: the run is over.
+            Diverged: the loss was not finite since the last look.
         """
         if self.k >= self.total_steps:
             raise InputError(f"iteration {self.k} is past the end of the run, {self.config.epochs} epochs")
-        images, labels = self.batch(self.k)
+        with record_function("studies.batch"):
+            images, labels = self.batch(self.k)
         for group in self.optimizer.param_groups:
             group["lr"] = self._driver.learning_rate(self.config, self.epoch)
         torch.manual_seed(derived_seed(self.config.seed, Purpose.DROPOUT, self.k))
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.model(images), labels)
-        loss.backward()
+        with record_function("studies.forward_backward"):
+            loss = F.cross_entropy(self.model(images), labels)
+            loss.backward()
         self.optimizer.step()
         self.k += 1
         loss = loss.detach()
@@ -261,7 +261,7 @@ class Training:
         """Mean loss and accuracy on the test set. Leaves the run as it was.
 
         Raises:
-            InputError: the loss of a training step since the last look was not finite.
+            Diverged: the loss of a training step since the last look was not finite.
         """
         self.check_losses()
         was_training = self.model.training
@@ -282,7 +282,7 @@ class Training:
         """Look at the losses since the last look.
 
         Raises:
-            InputError: one is not finite; names the first such iteration.
+            Diverged: one is not finite; names the first such iteration.
         """
         losses = torch.stack(self._unchecked).tolist() if self._unchecked else []
         first = self.k - len(losses)
@@ -290,7 +290,7 @@ class Training:
         for k, loss in enumerate(losses, first):
             if not math.isfinite(loss):
                 epoch = k // self.steps_per_epoch
-                raise InputError(f"the training diverged: the loss is {loss} at iteration {k} (epoch {epoch})")
+                raise Diverged(f"the training diverged: the loss is {loss} at iteration {k} (epoch {epoch})")
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, for `studies.files.save_checkpoint`. Refuses a diverged run."""
@@ -309,9 +309,12 @@ class Training:
             InputError: it was of another one; names the first setting that differs.
         """
         theirs = state.get("identity", {})
+        # A checkpoint from before a setting existed is of a run with its default.
+        defaults = {f.name: f.default for f in fields(TrainingConfig)}
         for name, value in self._identity.items():
-            if theirs.get(name) != value:
-                raise InputError(f"the checkpoint is of a run with {name} = {theirs.get(name)}, not {value}")
+            other = theirs.get(name, defaults.get(name))
+            if other != value:
+                raise InputError(f"the checkpoint is of a run with {name} = {other}, not {value}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.k = state["k"]

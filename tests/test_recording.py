@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kfacerr.errors import InputError
-from kfacerr.recording import FORMAT, Recording, RecordingWriter
+from kfacerr.recorder import RecordingWriter
+from kfacerr.recording import FORMAT, Recording
 from kfacerr.stream import Step, Window
 
 WINDOWS = [Window(4, 3, 1), Window(20, 2, 5)]
@@ -365,7 +366,7 @@ def test_killed_process_leaves_every_appended_step(tmp_path):
     program = f"""
 import os
 import numpy as np
-from kfacerr.recording import RecordingWriter
+from kfacerr.recorder import RecordingWriter
 from kfacerr.stream import Step
 writer = RecordingWriter({str(path)!r})
 for layer in "ab":

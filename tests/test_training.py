@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from kfacerr.errors import InputError
+from kfacerr.files import write_atomically, write_text
 from studies import schedules
 from studies.data import Dataset
-from studies.files import environment, load_checkpoint, save_checkpoint, write_atomically, write_text
+from studies.files import environment, load_checkpoint, save_checkpoint
 from studies.training import (
     PADDING,
     Driver,
@@ -266,7 +267,7 @@ def test_a_run_ends_after_its_last_epoch() -> None:
         ({"batch_size": 0}, "batch_size must be positive"),
         ({"width": math.nan}, "width must be positive"),
         ({"seed": -1}, "seed must not be negative"),
-        ({"driver": "adam"}, "no driver is called 'adam'; there are: sgd"),
+        ({"driver": "adam"}, "no driver is called 'adam'; there are: .*sgd"),
         ({"device": "gpu"}, "'gpu' is not the name of a device"),
         ({"device": "cuda:99"}, "device 'cuda:99' is asked for, but there are"),
     ],
@@ -281,7 +282,7 @@ def test_auto_selects_a_gpu_where_there_is_one() -> None:
 
 
 def test_a_driver_of_ones_own_takes_the_place_of_the_named_one() -> None:
-    own = Driver(lambda model, _: torch.optim.Adam(model.parameters()), lambda _, epoch: 0.5**epoch)
+    own = Driver(lambda model, *_: torch.optim.Adam(model.parameters()), lambda _, epoch: 0.5**epoch)
     training = Training(TrainingConfig(8, 4, width=1 / 32, device="cpu"), tiny_dataset(), own)
     for _ in range(4):
         training.step()

@@ -16,7 +16,7 @@ relative error, and no angle, sees it.
 import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -195,6 +195,20 @@ class ColumnHooks:
             for capture in captures.values():
                 capture.release()
 
+    def pending(self) -> "dict[str, Pending]":
+        """What `pop()` would find: the layers that a forward and a backward have reached since the last one."""
+        return {
+            name: Pending(_batch_size(self._modules[name], capture.x), capture.grad.dtype)
+            for name, capture in self._captures.items()
+            if capture.x is not None and capture.grad is not None
+        }
+
+    def forget(self) -> None:
+        """Drops what was captured, as `pop()` does, without forming columns."""
+        captures, self._captures = self._captures, {}
+        for capture in captures.values():
+            capture.release()
+
     def close(self) -> None:
         """Removes the hooks and forgets what was captured. May be called again."""
         self.enabled = False
@@ -266,6 +280,18 @@ class ColumnHooks:
                     f"layer {name!r}: the columns of the previous backward were not taken; call pop() after "
                     "each backward, or set enabled = False"
                 )
+
+
+class Pending(NamedTuple):
+    """A layer's completed pass: its batch size and the precision its backward ran in."""
+
+    batch: int
+    dtype: torch.dtype
+
+
+def _batch_size(module: nn.Module, x: Tensor) -> int:
+    """The b of the scaling of `layer_columns`; inputs without a batch dimension are a batch of one."""
+    return x.shape[0] if x.ndim > (3 if isinstance(module, nn.Conv2d) else 1) else 1
 
 
 class _Capture:

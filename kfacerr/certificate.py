@@ -1,0 +1,221 @@
+"""Certified errors of K-factor estimates: what is known of E_k = M_k - M~_k without the dense factor.
+
+Where E_k is symmetric p.s.d. its nuclear norm is its trace, t_k - sum D: exact, from two scalars. Frobenius and
+spectral norms are bounded by recursions, and with them the error of the damped inverse.
+
+**Where E is p.s.d.**
+
+- Brand updates (10), and accumulated ones: M_k = c M_j + W W^T and M~_k = c B_j + W W^T with B_j the truncation of
+  M~_j, so E_k = c (E_j + T_j), T_j = M~_j - B_j >= 0 the discarded modes. (`Certificate.after_brand`)
+- RS-KFAC's RSVD, for any sketch. It holds M~ = (M Q Q^T M)^(1/2), truncated. Q Q^T <= I, so M Q Q^T M <= M^2; the
+  square root is operator monotone (Loewner-Heinz), so (M Q Q^T M)^(1/2) <= M; a truncation only takes away.
+- Nyström, (M Q)(Q^T M Q)^+ (M Q)^T = M^(1/2) P M^(1/2) with P the orthogonal projector on the range of M^(1/2) Q,
+  and P <= I. Call it N. As N Q = M Q, RS is (N Q Q^T N)^(1/2) <= N <= M: from one sketch, Nyström is the better
+  of the two in every unitarily invariant norm before truncation, and in the nuclear norm also after it.
+- The exact EVD and its truncations.
+
+Not so: Q Q^T M Q Q^T (SRE-KFAC) with a finite projection error, any estimate after a correction (Algorithm 6), and
+any estimate that stood still while M moved on: then only M_k >= rho^j M_{k-j}.
+
+**Bounds.** With s, F, N for spectral, Frobenius and nuclear norm, and <., .> >= 0 between p.s.d. matrices:
+
+- Brand: s' = c (s + T_1), and F'^2 = c^2 (F^2 + ||T||_F^2 + 2 <E, T>) with <E, T> at most F ||T||_F, s ||T||_* and
+  N ||T||_2. The triangle inequality e' = c (e + ||T||_F) is the first of the three.
+- A decomposition with 0 <= M~ <= M: <M, M~> >= ||M~||_F^2, since <M - M~, M~> >= 0, so that
+  ||E||_F^2 <= ||M||_F^2 - ||M~||_F^2; equal where M~ is a spectral truncation.
+- In any state, s <= F <= N, F^2 <= N s, and, of d eigenvalues with given sum and sum of squares, the largest is at
+  most N/d + sqrt((d - 1)/d (F^2 - N^2/d)) (Wolkowicz & Styan 1980), which is much less than F for a flat tail.
+
+**The inverse.** f(t) = 1/lam - 1/(t + lam) is operator monotone on [0, inf) with f(0) = 0, so for p.s.d. M and M~
+at one damping |||(M~ + lam I)^-1 - (M + lam I)^-1||| <= |||f(|E|)||| in every unitarily invariant norm (Ando
+1988); it is attained where M~ E = 0. See `inverse_bound`, and `Certificate.continued` for a continuation.
+
+**Rounding.** All this is about exact arithmetic. `rounding` bounds, on the scale eps t_k, what the computed
+representation, its trace and the scalar recursions may be off by: every update adds `LOSS` eps t_k, and what is
+there decays as M does. It is part of every bound, so that a certificate holds for the computed estimate. Its
+constants are set from experience (about twice the most seen, see tests/test_certificate.py), not from a worst-case
+analysis. In float32 it is 1e-4 t_k at rho = 0.95 and r + n = 476: a certificate below that says "below rounding".
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from .backend import eps, namespace
+from .lowrank import LowRank
+from .stream import Array
+
+__all__ = ["Certificate", "InverseBound"]
+
+LOSS = (24.0, 2.0)
+"""An update of m = r + n modes rounds M~ and t_k by at most (LOSS[0] + LOSS[1] m^(1/2)) eps t_k, nuclear norm."""
+
+
+class InverseBound(NamedTuple):
+    """Bounds on the spectral and Frobenius norm of (M~ + lam I)^-1 - (M + lam I)^-1, 0-d arrays."""
+
+    spectral: Array
+    frobenius: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """What is known of the error E = M - M~; all 0-d arrays beside the estimate's, no device is asked.
+
+    Attributes:
+        nuclear: the nuclear norm of E, to `rounding`; an upper bound if not `exact`.
+        frobenius: an upper bound on the Frobenius norm of E, rounding included.
+        spectral: an upper bound on the spectral norm of E, rounding included.
+        rounding: what is allowed for rounding, in the nuclear norm.
+        d: the dimension of E.
+        exact: E is p.s.d. and `nuclear` its trace.
+    """
+
+    nuclear: Array
+    frobenius: Array
+    spectral: Array
+    rounding: Array
+    d: int
+    exact: bool = True
+
+    @classmethod
+    def of_decomposition(
+        cls, low: LowRank, trace: Array, square: Array | None = None, *, memory: float = 1.0
+    ) -> "Certificate":
+        """Of an estimate 0 <= M~ <= M.
+
+        Args:
+            low: M~.
+            trace: tr M.
+            square: ||M||_F^2, if known.
+            memory: 1/(1 - rho) where M and its trace came by (8): the number of updates whose rounding they hold.
+        """
+        xp = namespace(low.D)
+        nuclear = _missing(low, trace)
+        rounding = memory * _loss(low, trace)
+        frobenius = nuclear + rounding
+        if square is not None:
+            # Both squares are rounded on the scale of ||M||_F^2.
+            tail = xp.maximum(square - xp.sum(low.D**2), 0 * square) + 8 * eps(low.D) * memory * square
+            frobenius = xp.minimum(frobenius, xp.sqrt(tail) + rounding)
+        return cls(nuclear, frobenius, frobenius, rounding, low.d)._tightened()
+
+    def after_brand(self, removed: Array, decay: float, low: LowRank, trace: Array) -> "Certificate":
+        """E' = decay (E + T) after a truncation, or a shrinkage, that takes T >= 0 away, and a Brand update.
+
+        Args:
+            removed: non-zero eigenvalues of T in any order; may be empty.
+            decay: rho, or its power if batches were accumulated.
+            low: the estimate after the update.
+            trace: tr M after the update.
+        """
+        xp = namespace(low.D)
+        rounding = decay * self.rounding + _loss(low, trace)
+        new = rounding - decay * self.rounding
+        F, s, N = self.frobenius, self.spectral, self.nuclear + self.rounding
+        if removed.shape[0] > 0:
+            top, fro, nuc = xp.max(removed), xp.linalg.vector_norm(removed), xp.sum(removed)
+            cross = xp.minimum(xp.minimum(F * fro, s * nuc), N * top)
+            F = xp.sqrt(F**2 + fro**2 + 2 * cross)
+            s = s + top
+        return Certificate(
+            _missing(low, trace), decay * F + new, decay * s + new, rounding, low.d, self.exact
+        )._tightened()
+
+    def _tightened(self) -> "Certificate":
+        """Each norm bounded by the others too."""
+        xp = namespace(self.nuclear)
+        d, N = self.d, self.nuclear + self.rounding
+        s = xp.minimum(xp.minimum(self.spectral, self.frobenius), N)
+        F = xp.minimum(self.frobenius, xp.sqrt(N * s))
+        if self.exact:
+            # The bound falls with the sum of the eigenvalues where that is at least F, so the least sum counts.
+            least = xp.maximum(self.nuclear - self.rounding, F)
+            spread = xp.maximum(F**2 - least**2 / d, 0 * F) + 4 * eps(F) * F**2
+            s = xp.minimum(s, least / d + xp.sqrt((d - 1) / d * spread) + self.rounding)
+            F = xp.minimum(F, xp.sqrt(N * s))
+        return replace(self, frobenius=F, spectral=s)
+
+    def relative(self, trace: Array) -> Array:
+        """||E||_* / tr M, between 0 and 1 for an exact certificate; 0 for M = 0."""
+        xp = namespace(self.nuclear)
+        return xp.where(trace > 0, self.nuclear / xp.where(trace > 0, trace, 1 + 0 * trace), 0 * trace)
+
+    def continued(self, tau: Array, low: LowRank) -> "Certificate":
+        """Of M~ + tau (I - U U^T): E_tau = E - tau P with P = I - U U^T of rank d - m.
+
+        It is a difference of two p.s.d. matrices, not p.s.d., so its nuclear norm is only bounded.
+
+        - -tau P <= E_tau <= E, so the spectral norm is at most max(s, tau).
+        - ||E_tau||_F^2 = ||E||_F^2 - 2 tau <E, P> + tau^2 (d - m), and <E, P> = tr E - tr(U^T E U) >= N - K with
+          K >= tr(U^T E U): m s, or m^(1/2) F. Where D are Rayleigh quotients K = 0, but Brand's are not.
+        """
+        xp = namespace(self.nuclear)
+        m = xp.sum(xp.astype(low.D > 0, self.nuclear.dtype))
+        missing = self.d - m
+        inside = xp.minimum(m * self.spectral, xp.sqrt(m) * self.frobenius)
+        outside = xp.maximum(self.nuclear - self.rounding - inside, 0 * inside)
+        if not self.exact:
+            outside = 0 * outside
+        # P is as far from a projector as U is from orthonormal: 300 eps seen, on modes 1e-9 of the largest.
+        rounding = self.rounding + 1024 * eps(self.nuclear) * m * tau
+        square = self.frobenius**2 + tau**2 * missing
+        lower = xp.maximum(square - 2 * tau * outside, 0 * square) + 4 * eps(square) * square
+        return Certificate(
+            self.nuclear + tau * missing,
+            xp.sqrt(xp.where(outside > 0, lower, square)) + rounding,
+            xp.maximum(self.spectral, tau) + rounding,
+            rounding,
+            self.d,
+            exact=False,
+        )._tightened()
+
+    def inverse_bound(self, lam: Array) -> InverseBound:
+        """Of (M~ + lam I)^-1 - (M + lam I)^-1, both with one lam > 0 and computed exactly.
+
+        Spectral: f(s) = s/(lam (lam + s)), attained.
+
+        Frobenius: with x_i = t_i/lam for the eigenvalues t_i of |E|, ||f(E)||_F^2 = sum h(x_i)/lam^2, with
+        h(x) = (x/(1 + x))^2. Given sum x_i = nu and x_i <= sigma: h(x)/x = x/(1 + x)^2 grows up to x = 1, where it
+        is 1/4, and h is concave beyond. So the least concave function above h on [0, sigma] is the chord from 0 to
+        u = min(sigma, 1), of slope u/(1 + u)^2, and h itself from u on, and by Jensen the maximum is at most d
+        times its value at nu/d: sharp, with eigenvalues u and 0 (nu <= u d; sharp where nu/u is an integer)
+        or all equal (nu > d). Given sum x_i^2 = phi^2: h is concave as a function of x^2, with derivative
+        1/(1 + x)^3, so the maximum is d h(phi/d^(1/2)): sharp, all equal, and never more than phi^2. The smaller
+        of the two is taken.
+        """
+        xp = namespace(self.nuclear)
+        d = self.d
+
+        def h(x: Array) -> Array:
+            return (x / (1 + x)) ** 2
+
+        sigma, phi, nu = self.spectral / lam, self.frobenius / lam, (self.nuclear + self.rounding) / lam
+        u = xp.minimum(sigma, 1 + 0 * sigma)
+        by_trace = xp.where(nu > d, d * h(nu / d), nu * u / (1 + u) ** 2)
+        by_square = d * h(phi / d**0.5)
+        spectral = sigma / (1 + sigma) / lam
+        return InverseBound(spectral, xp.sqrt(xp.minimum(by_trace, by_square)) / lam)
+
+    def relative_inverse_bound(self, low: LowRank, lam: Array, tau: Array | None = None) -> Array:
+        """A bound on metric 1 of §4.2, ||(M~ + lam I)^-1 - R||_F / ||R||_F with R = (M + lam I)^-1.
+
+        By the triangle inequality ||R||_F >= ||(M~ + lam I)^-1||_F - b with b the absolute bound, of this
+        certificate or of the continued one. Infinite where b leaves nothing.
+        """
+        xp = namespace(self.nuclear)
+        present = xp.astype(low.D > 0, self.nuclear.dtype)
+        level = 0 * self.nuclear if tau is None else tau
+        held = xp.sum(present / (low.D + lam) ** 2) + (low.d - xp.sum(present)) / (level + lam) ** 2
+        bound = (self if tau is None else self.continued(tau, low)).inverse_bound(lam).frobenius
+        left = xp.sqrt(held) - bound
+        return xp.where(left > 0, bound / xp.where(left > 0, left, 1 + 0 * left), float("inf") + 0 * left)
+
+
+def _missing(low: LowRank, trace: Array) -> Array:
+    """max(0, tr M - sum D)."""
+    return namespace(low.D).maximum(trace - low.trace(), 0 * trace)
+
+
+def _loss(low: LowRank, trace: Array) -> Array:
+    """What one update may round, in the nuclear norm."""
+    return (LOSS[0] + LOSS[1] * low.m**0.5) * eps(low.D) * trace

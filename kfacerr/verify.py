@@ -1,0 +1,340 @@
+"""Do the paper's propositions, and the certificates, hold on a recording of your own training?
+
+Two kinds of check, both on the K-factors A and G of a layer:
+
+- **Stretches.** A few runs of consecutive updates get every claim of `kfacerr.bounds` (Propositions 3.1-4.2, (19),
+  footnote 11) and every certificate against dense matrices, at any d: `bounds.compress` turns the columns into
+  short ones by an isometry, which changes no claim. It is exact; nothing is estimated. A stretch in the middle
+  starts from the B-KFAC estimate there, M_0 = U D U^T, as a column block of its own: a p.s.d. matrix like others.
+- **The whole stream.** B-KFAC's certificate at every update, from `PROBES` Gaussian columns W whose products M_k W
+  follow (8) without M_k. E = M - M~ is then known on W. What is checked: W^T E W is p.s.d.; E's Nyström
+  approximation from E W, which is below E if E >= 0, exceeds no bound (both one-sided: a violation found is a
+  violation, one may be missed); and Hutchinson's estimate of tr E is as near to the certified nuclear norm as
+  Laurent & Massart's (2000) bound for chi-squares says, all of them at once but for a chance of `ALARM`.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import bounds
+from .backend import check_columns
+from .bounds import Claim, Identity, Inequality, Psd
+from .certificate import Certificate
+from .correction import correct
+from .errors import InputError
+from .frequent_directions import FrequentDirections
+from .lowrank import LowRank
+from .processes import Brand, BrandRsvd, EAFactor, Evd, Process, Rsvd, Sketch, check_rho
+from .recording import LayerRecording
+from .rsvd import nystrom, rsvd
+
+__all__ = ["Finding", "Report", "certificate_claims", "findings", "verify_layer"]
+
+PROBES = 16
+ALARM = 1e-6
+"""The chance of a false alarm in a layer's whole-stream trace checks."""
+
+EPS = float(np.finfo(np.float64).eps)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What all instances of one claim came to.
+
+    Attributes:
+        claim: its name.
+        instances: how many were checked.
+        failures: how many do not hold.
+        slack: of the tightest instance. For an inequality (large - small)/large, so that 0 is attained and 1 is
+            far from it, over instances with more than rounding on the large side (infinite if there is none); for
+            an identity minus its residual and for "p.s.d." the smallest eigenvalue, both relative to the scale of
+            their rounding errors. Negative beyond rounding only if the claim fails.
+        where: the tightest instance.
+    """
+
+    claim: str
+    instances: int
+    failures: int
+    slack: float
+    where: str
+
+    @property
+    def holds(self) -> bool:
+        return self.failures == 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """A layer's findings, and what they cover in words."""
+
+    layer: str
+    findings: list[Finding]
+    coverage: list[str]
+
+    @property
+    def holds(self) -> bool:
+        return all(finding.holds for finding in self.findings)
+
+
+def findings(claims: Iterable[tuple[str, Claim]]) -> list[Finding]:
+    """Gathers (place, claim) pairs by the claims' names, in the order of their first instance."""
+    found: dict[str, Finding] = {}
+    for place, claim in claims:
+        slack = _relative_slack(claim)
+        where = f"{place}: {claim.where}" if claim.where else place
+        failed = int(not claim.holds())
+        old = found.get(claim.name)
+        if old is None:
+            found[claim.name] = Finding(claim.name, 1, failed, slack, where)
+            continue
+        # NaN is no slack at all, and never an argument to go on.
+        if not slack >= old.slack:
+            old = Finding(claim.name, old.instances, old.failures, slack, where)
+        found[claim.name] = Finding(old.claim, old.instances + 1, old.failures + failed, old.slack, old.where)
+    return list(found.values())
+
+
+def _relative_slack(claim: Claim) -> float:
+    if isinstance(claim, Inequality) and claim.large > bounds.TOLERANCE * claim.unit * claim.scale:
+        return claim.slack / claim.large
+    if isinstance(claim, Inequality) and claim.holds():
+        return math.inf
+    return claim.slack / claim.scale if claim.scale > 0 else claim.slack
+
+
+# ------------------------------------------------------------------------------------------- certificates
+
+
+def certificate_claims(process: Process, M: np.ndarray, phi: float, where: str) -> Iterator[Claim]:
+    """What a process's certificate says of M (d, d), float64; nothing if there is none."""
+    known, held = process.certificate, process.estimate
+    if known is None or held is None:
+        return
+    E = M - _dense(held.lowrank)
+    top, d = float(np.linalg.norm(M, 2)), len(M)
+    nuclear, rounding = float(known.nuclear), float(known.rounding)
+    # `holds` allows TOLERANCE eps scale, which is to be what the certificate says of rounding.
+    scale = max(float(np.trace(M)), rounding / (bounds.TOLERANCE * EPS))
+    actual = bounds.norms(E)
+    yield Psd("certificate: M - M~ p.s.d.", E, scale, where)
+    yield Identity("certificate: nuclear norm = t - sum D", actual["nuclear"], nuclear, scale, where)
+    yield Inequality("certificate: Frobenius", actual["Frobenius"], float(known.frobenius), scale, where)
+    yield Inequality("certificate: spectral", actual["spectral"], float(known.spectral), scale, where)
+    if held.level is not None:
+        yield Inequality("FD: M - M~ <= mu I", actual["spectral"], float(held.level), scale, where)
+    if top == 0:
+        return
+    lam = phi * top
+    eye = np.eye(d)
+    difference = np.linalg.inv(M - E + lam * eye) - np.linalg.inv(M + lam * eye)
+    bound = known.inverse_bound(held.trace * 0 + lam)
+    inverse = bounds.norms(difference)
+    scale = d**0.5 * (1 + top / lam) / lam
+    yield Inequality("certificate: inverse, spectral", inverse["spectral"], float(bound.spectral), scale, where)
+    yield Inequality("certificate: inverse, Frobenius", inverse["Frobenius"], float(bound.frobenius), scale, where)
+
+
+def _dense(low: LowRank) -> np.ndarray:
+    return np.asarray((low.U * low.D[None, :]) @ low.U.T)
+
+
+def stretch_claims(
+    columns: Sequence[np.ndarray], *, rank: int, rho: float, phi: float, seed: int
+) -> Iterator[Claim]:
+    """All claims on one stretch of columns (d, n), float64."""
+    columns = bounds.compress([_narrow(X) for X in columns])
+    yield from bounds.claims(columns, r=rank, rho=rho)
+
+    def rough(method: object) -> Sketch:
+        return Sketch(np.random.default_rng(seed), 2, 0, method)  # type: ignore[arg-type]
+
+    brand = Brand(rank, rho=rho)
+    processes: dict[str, Process] = {
+        "B-KFAC": brand,
+        "B-R-KFAC": BrandRsvd(rank, rough(rsvd), rho=rho, T_rsvd=2),
+        "B-R-KFAC Nyström": BrandRsvd(rank, rough(nystrom), rho=rho, T_rsvd=2),
+        "R-KFAC": Rsvd(rank, rough(rsvd), T_inv=1),
+        "K-FAC": Evd(T_inv=1),
+        "FD": FrequentDirections(rank, rho=rho),
+    }
+    factor = EAFactor(rho)
+    for k, X in enumerate(columns):
+        for process in processes.values():
+            process.begin(k, factor)
+        factor.update(X)
+        for name, process in processes.items():
+            process.update(k, X, factor)
+            yield from certificate_claims(process, factor.M, phi, f"{name}, k={k}")
+        if k == 0:
+            continue
+        assert brand.estimate is not None
+        low = brand.estimate.lowrank
+        idx = np.random.default_rng([seed, k]).choice(low.m, size=(min(rank, low.m) + 1) // 2, replace=False)
+        after = correct(low, factor.M, idx)
+        yield from bounds.correction(factor.M, _dense(low), _dense(after), low.U[:, idx])
+
+
+def _narrow(X: np.ndarray) -> np.ndarray:
+    """(d, min(n, d)) with the same X X^T, on which alone everything depends."""
+    return np.asarray(np.linalg.qr(X.T, mode="r")).T if X.shape[1] > X.shape[0] else X
+
+
+# -------------------------------------------------------------------------------------------- whole stream
+
+
+class _Probes:
+    """M_k W by (8) for Gaussian W (d, PROBES): all that is asked of M_k over the whole stream."""
+
+    def __init__(self, d: int, rho: float, seed: int) -> None:
+        self.W = np.random.default_rng(seed).standard_normal((d, PROBES))
+        self.rho = rho
+        self.MW: np.ndarray | None = None
+
+    def update(self, X: np.ndarray) -> None:
+        new = X @ (X.T @ self.W)
+        self.MW = new if self.MW is None else self.rho * self.MW + (1 - self.rho) * new
+
+    def claims(self, low: LowRank, known: Certificate, trace: float, checks: int) -> Iterator[Claim]:
+        """`checks`: over how many instances the chance of a false alarm is spread."""
+        assert self.MW is not None
+        W, q = self.W, PROBES
+        EW = self.MW - low.apply(W)
+        G = W.T @ EW
+        G = (G + G.T) / 2
+        rounding = float(known.rounding)
+        scale = max(trace, rounding / (bounds.TOLERANCE * EPS))
+        # W is no isometry: E <= rounding I shows as rounding W^T W.
+        grown = float(np.linalg.norm(W, 2)) ** 2
+        yield Psd("whole stream: W^T (M - M~) W p.s.d.", G, grown * scale)
+
+        F, s, N = float(known.frobenius), float(known.spectral), float(known.nuclear)
+        x = math.log(2 * checks / ALARM)
+        deviation = 2 * F * math.sqrt(x / q) + 2 * s * x / q
+        yield Inequality("whole stream: trace by Hutchinson", abs(np.trace(G) / q - N), deviation, scale)
+
+        w, V = np.linalg.eigh(G)
+        floor = max(1e-4 * float(w[-1]), grown * rounding)
+        if floor <= 0:
+            return
+        lower = np.linalg.svd((EW @ V) / np.sqrt(np.maximum(w, floor)), compute_uv=False) ** 2
+        # E W is off by rounding ||W||; the columns here, of length at most ||E||^(1/2), by that / floor^(1/2).
+        off = 2 * math.sqrt(float(lower[0]) * grown / floor) * rounding
+        yield Inequality("whole stream: spectral, from below", float(lower[0]), s + off, scale)
+        yield Inequality(
+            "whole stream: Frobenius, from below", float(np.linalg.norm(lower)), F + q**0.5 * off, scale
+        )
+        yield Inequality("whole stream: nuclear, from below", float(lower.sum()), N + rounding + q * off, scale)
+
+
+class _Side:
+    """One K-factor of a layer on its way through the recording."""
+
+    def __init__(
+        self, name: str, d: int, rank: int, rho: float, phi: float, seed: int, starts: list[int], length: int
+    ) -> None:
+        self.name, self.rank, self.rho, self.phi, self.seed = name, rank, rho, phi, seed
+        self.starts, self.length = starts, length
+        self.brand = Brand(rank, rho=rho)
+        self.probes = _Probes(d, rho, seed)
+        self.open: list[tuple[int, int, list[np.ndarray]]] = []  # first iteration, end, columns
+
+    def push(self, i: int, k: int, X: np.ndarray, checks: int) -> Iterator[tuple[str, Claim]]:
+        """The i-th update, at iteration k."""
+        check_columns(X, self.probes.W.shape[0])
+        X = _narrow(X.astype(np.float64))
+        if i in self.starts:
+            held = self.brand.estimate
+            root = [] if held is None else [held.lowrank.U * np.sqrt(held.lowrank.D)[None, :]]
+            self.open.append((k, i + self.length, root))
+        self.brand.update(i, X, None)
+        self.probes.update(X)
+        assert self.brand.estimate is not None and self.brand.certificate is not None
+        trace = float(self.brand.estimate.trace)
+        for claim in self.probes.claims(self.brand.estimate.lowrank, self.brand.certificate, trace, checks):
+            yield f"{self.name}, iteration {k}", claim
+
+        still = []
+        for start, end, columns in self.open:
+            columns.append(X)
+            if i + 1 < end:
+                still.append((start, end, columns))
+                continue
+            place = f"{self.name}, stretch from {start}"
+            for claim in stretch_claims(columns, rank=self.rank, rho=self.rho, phi=self.phi, seed=self.seed):
+                yield place, claim
+        self.open = still
+
+
+# ---------------------------------------------------------------------------------------------- a layer
+
+
+def verify_layer(
+    layer: LayerRecording,
+    *,
+    rank: int | None = None,
+    rho: float = 0.95,
+    phi: float = 0.1,
+    stretches: int = 3,
+    length: int | None = None,
+    seed: int = 0,
+) -> Report:
+    """Checks everything on one layer, reading it once.
+
+    Args:
+        layer: of an open recording.
+        rank: truncation rank r of both factors; by default min(n, d/4) of each.
+        rho: EA decay.
+        phi: damping ratio of the inverse certificates.
+        stretches: how many runs of updates get the dense checks, spread over the recording.
+        length: updates in each; by default 2 to 5, so that the matrices have at most about 600 rows.
+        seed: of sketches, corrections and probes.
+
+    Raises:
+        InputError: values out of range, fewer than two updates, or bad columns; names file, layer and iteration.
+    """
+    where = f"{layer.path}: layer {layer.name!r}"
+    check_rho(rho)
+    updates = np.flatnonzero(layer.update)
+    if len(updates) < 2:
+        raise InputError(f"{where}: at least two updates of the EA factors are needed, there are {len(updates)}")
+    for name, value in (("rank", rank), ("stretches", stretches), ("length", length)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if not 0 < phi < math.inf:
+        raise InputError(f"phi must be positive and finite, got {phi}")
+
+    sides: list[_Side] = []
+    for name, d in (("A", layer.d_A), ("G", layer.d_G)):
+        r = rank or max(1, min(layer.n, d // 4))
+        width = min(layer.n, d)
+        steps = min(length or max(2, min(5, (600 - r) // width - 1)), len(updates))
+        starts = sorted({round(x) for x in np.linspace(0, len(updates) - steps, stretches)})
+        sides.append(_Side(name, d, r, rho, phi, seed, starts, steps))
+
+    def claims() -> Iterator[tuple[str, Claim]]:
+        i = 0
+        for step in layer.steps():
+            if not step.update:
+                continue
+            for side, X in zip(sides, (step.A, step.G), strict=True):
+                try:
+                    yield from side.push(i, step.k, X, 2 * len(updates))
+                except InputError as error:
+                    raise InputError(f"{where}, iteration {step.k}: {side.name}: {error}") from None
+            i += 1
+
+    found = findings(claims())
+    coverage = [
+        f"{side.name} (d={side.probes.W.shape[0]}, r={side.rank}): all claims, densely and exactly, on "
+        + ", ".join(_span(layer, updates, start, side.length) for start in side.starts)
+        + f"; B-KFAC's certificate at all {len(updates)} updates by {PROBES} random probes"
+        for side in sides
+    ]
+    return Report(layer.name, found, coverage)
+
+
+def _span(layer: LayerRecording, updates: np.ndarray, start: int, length: int) -> str:
+    return f"iterations {layer.k[updates[start]]}-{layer.k[updates[start + length - 1]]} ({length} updates)"

@@ -1,0 +1,353 @@
+"""The error study end to end on a miniature: what it leaves, stopping and resuming, and its bad inputs."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from kfacerr import cli
+from kfacerr.algorithms import SEVEN
+from kfacerr.metrics import METRICS
+from kfacerr.recording import Recording
+from studies import inverse_errors
+from studies.drivers import DRIVERS
+from studies.presets import PRESETS, Preset
+from studies.running import Stop
+
+TINY = Preset(
+    name="tiny",
+    dataset="digits",
+    n_train=80,  # 10 iterations an epoch
+    width=1 / 64,
+    batch_size=8,
+    window_epochs=(1, 4),
+    seeds=(0, 1),
+    learning_rate=0.02,
+    T_updt=5,
+    window_length=20,
+    rank_scale=1 / 16,
+)
+RANK = 14
+WINDOWS = {1: range(10, 30), 4: range(40, 60)}
+RESULTS = {
+    *("errors.csv", "variants.csv", "spectra.csv", "training.csv", "config.json", "environment.json"),
+    *("figure1.pdf", "figure1.png", "figure2.pdf", "figure2.png", "spectra.pdf", "spectra.png"),
+    *("table1.md", "table1.csv", "claims.md"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", TINY)
+    monkeypatch.setattr(inverse_errors, "render", lambda _: None)  # takes seconds; `whole` shows it
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """What an uninterrupted run leaves, recordings and figures included."""
+    out = tmp_path_factory.mktemp("study") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", TINY)
+        assert _study(out, "--record") == 0
+    return out
+
+
+def _study(out, *options) -> int:
+    return inverse_errors.main(["--preset", "tiny", "--out", str(out), "--device", "cpu", *map(str, options)])
+
+
+def _fails(capsys, out, *options) -> str:
+    """The one line on stderr of a study that exits with status 2."""
+    capsys.readouterr()
+    try:
+        status = _study(out, *options)
+    except SystemExit as stop:  # argparse's way
+        status = stop.code
+    line = capsys.readouterr().err
+    assert status == 2
+    assert line.count("\n") == 1 and line.endswith("\n")
+    return line
+
+
+# ---------------------------------------------------------------------------------------- what it leaves
+
+
+def test_the_results_of_the_contract_are_there(whole):
+    there = {path.name for path in whole.iterdir()}
+    assert there == RESULTS | {"state", "recording-seed-0.h5", "recording-seed-1.h5"}
+    assert all((whole / name).stat().st_size > 0 for name in RESULTS)
+    errors = pd.read_csv(whole / "errors.csv")
+    assert list(errors.columns[:4]) == ["algorithm", "k", "metric", "value"]
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["name"], config["data"], config["seeds"]) == ("tiny", "digits", [0, 1])
+    assert json.loads((whole / "environment.json").read_text())["versions"]["torch"] == torch.__version__
+    claims = (whole / "claims.md").read_text()
+    assert claims.startswith("# The paper's claims on digits, 2 seeds")
+    assert all(f"## C{i}." in claims for i in range(1, 8))
+    assert all(name in (whole / "table1.md").read_text() for name in SEVEN)
+
+
+def test_every_algorithm_metric_iteration_and_seed_has_a_row(whole):
+    errors = pd.read_csv(whole / "errors.csv")
+    got = set(errors[["algorithm", "k", "metric", "epoch", "seed"]].itertuples(index=False, name=None))
+    expected = {
+        (algorithm, k, metric, epoch, seed)
+        for algorithm in SEVEN
+        for epoch, ks in WINDOWS.items()
+        for k in ks
+        for metric in METRICS
+        for seed in TINY.seeds
+    }
+    assert len(errors) == len(expected)
+    assert got == expected
+    assert np.isfinite(errors.value).all() and (errors.value >= 0).all()
+    variants = pd.read_csv(whole / "variants.csv")
+    assert set(variants.continuation) == {"min", "trace"}
+    equal_rank = f" rank={RANK + TINY.batch_size}"
+    assert set(variants.algorithm) == {*SEVEN, *(n + equal_rank for n in SEVEN if n.startswith("R-KFAC"))}
+
+
+def test_spectra_of_both_factors_at_every_windows_start_are_kept(whole):
+    spectra = pd.read_csv(whole / "spectra.csv")
+    sizes = spectra.groupby(["seed", "epoch", "factor"]).size().unstack()
+    assert set(sizes.index) == {(seed, epoch) for seed in TINY.seeds for epoch in WINDOWS}
+    assert (sizes["A"] == 8 * 32 + 1).all() and (sizes["G"] == 32).all()
+    for _, part in spectra.groupby(["seed", "epoch", "factor"]):
+        assert (np.diff(part.eigenvalue) <= 0).all() and part.eigenvalue.iloc[0] > 0
+
+
+def test_replay_of_the_studys_recording_gives_the_studys_errors(whole, tmp_path):
+    errors = pd.read_csv(whole / "errors.csv")
+    live = errors[errors.seed == 0].set_index(["algorithm", "k", "metric"]).value
+    for backend, names in (("numpy", ("K-FAC T_inv=50", "B-KFAC")), ("torch", SEVEN)):
+        out = tmp_path / f"{backend}.csv"
+        command = ["replay", str(whole / "recording-seed-0.h5"), "--layer", "fc0", "--rank", str(RANK)]
+        assert cli.main([*command, "--backend", backend, "--out", str(out), "--algorithms", *names]) == 0
+        again = pd.read_csv(out).set_index(["algorithm", "k", "metric"]).value
+        assert len(again) == len(names) * 40 * 4
+        # errors.csv has 8 digits
+        np.testing.assert_allclose(again, live.loc[again.index], rtol=1e-7, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------ stopping and resuming
+
+
+def test_a_study_stopped_and_resumed_gives_the_same_tables(whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert _study(out, "--record", "--step-limit", 8) == 0  # before the first window
+    assert "stopped at the step limit; continue with --resume" in capsys.readouterr().err
+    assert pd.read_csv(out / "errors.csv").empty
+    assert _study(out, "--record", "--resume", "--step-limit", 15) == 0  # within it
+    part = pd.read_csv(out / "errors.csv")
+    assert set(part.seed) == {0, 1}  # the limit is each seed's
+    assert sorted(set(part.k)) == list(range(10, 23))
+    assert _study(out, "--record", "--resume", "--step-limit", 12) == 0  # between the windows
+    assert _study(out, "--record", "--resume", "--step-limit", 13) == 0  # within the second
+    assert _study(out, "--record", "--resume") == 0
+    for name in ("errors.csv", "variants.csv", "spectra.csv", "training.csv", "claims.md"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    with Recording(out / "recording-seed-1.h5") as a, Recording(whole / "recording-seed-1.h5") as b:
+        for one, two in zip(a.layer("fc0").steps(), b.layer("fc0").steps(), strict=True):
+            assert one.k == two.k
+            np.testing.assert_array_equal(one.A, two.A)
+            np.testing.assert_array_equal(one.G, two.G)
+
+
+def test_resuming_a_finished_study_changes_nothing(whole, capsys):
+    before = {name: (whole / name).read_bytes() for name in RESULTS - {"environment.json"}}
+    assert _study(whole, "--resume") == 0
+    assert "results are in" in capsys.readouterr().err
+    assert {name: (whole / name).read_bytes() for name in before} == before
+
+
+def test_a_time_limit_stops_every_seed_and_leaves_a_resumable_state(whole, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    advance, stops = inverse_errors.SeedRun.advance, []
+    monkeypatch.setattr(inverse_errors, "Stop", lambda *a: stops.append(Stop(*a)) or stops[-1])
+
+    def timed(self):
+        advance(self)
+        if self.training.k == 12:
+            stops[-1].deadline = 0.0  # passed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inverse_errors.SeedRun, "advance", timed)
+        assert _study(out, "--time-limit", 3600) == 0
+    assert "stopped at the time limit" in capsys.readouterr().err
+    assert sorted(set(pd.read_csv(out / "errors.csv").k)) == [10, 11]
+    assert _study(out, "--resume") == 0
+    assert (out / "errors.csv").read_bytes() == (whole / "errors.csv").read_bytes()
+
+
+def test_time_limit_zero_stops_before_the_first_iteration(tmp_path, capsys):
+    assert _study(tmp_path / "out", "--time-limit", 0) == 0
+    assert "stopped at the time limit" in capsys.readouterr().err
+
+
+def test_a_signal_leaves_a_resumable_state_and_exit_status_130(whole, tmp_path):
+    out = tmp_path / "out"
+    program = f"""
+import os, signal, sys
+from studies import inverse_errors
+from studies.presets import PRESETS, Preset
+PRESETS["tiny"] = {TINY!r}
+inverse_errors.render = lambda _: None
+advance = inverse_errors.SeedRun.advance
+
+def signalled(self):
+    if self.training.k == 15:
+        os.kill(os.getpid(), signal.SIGINT)
+    advance(self)
+
+inverse_errors.SeedRun.advance = signalled
+sys.exit(inverse_errors.main(["--preset", "tiny", "--out", {str(out)!r}, "--device", "cpu"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "inverse_errors: stopped by a signal; continue with --resume\n"
+    part = pd.read_csv(out / "errors.csv")
+    assert set(part.seed) == {0}  # the second seed has not begun
+    assert sorted(set(part.k)) == list(range(10, 16))
+    assert _study(out, "--resume") == 0
+    assert (out / "errors.csv").read_bytes() == (whole / "errors.csv").read_bytes()
+
+
+def test_a_signal_that_reached_another_process_stops_this_one_too(tmp_path):
+    ours, theirs = (Stop(tmp_path / "state" / "stopped", None, None) for _ in range(2))
+    ours.POLL_SECONDS = 0
+    with ours.listening():
+        assert not ours()
+        with theirs.listening():
+            signal.raise_signal(signal.SIGINT)
+        assert theirs() and ours()
+    assert not Stop(tmp_path / "state" / "stopped", None, None)()  # a new run forgets it
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_first_signal_lets_the_iteration_finish_and_a_second_one_does_not_wait(tmp_path, number):
+    stop = Stop(tmp_path / "stopped", None, None)
+    with stop.listening():
+        signal.raise_signal(number)
+        assert stop() and stop.reason == "by a signal"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+
+
+def test_an_impatient_user_gets_status_130_and_no_traceback(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inverse_errors, "load_dataset", interrupted)
+    assert _study(tmp_path / "out") == 130
+    assert capsys.readouterr().err == "inverse_errors: interrupted\n"
+
+
+def test_seeds_side_by_side_give_the_same_tables(whole, tmp_path):
+    out = tmp_path / "out"
+    assert _study(out, "--jobs", 2) == 0
+    for name in ("errors.csv", "variants.csv", "spectra.csv", "training.csv"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_seeds_can_be_chosen(whole, tmp_path):
+    out = tmp_path / "out"
+    assert _study(out, "--seed", 1) == 0
+    errors, of_both = pd.read_csv(out / "errors.csv"), pd.read_csv(whole / "errors.csv")
+    pd.testing.assert_frame_equal(errors, of_both[of_both.seed == 1].reset_index(drop=True))
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def test_an_existing_study_is_not_overwritten_unasked(whole, capsys):
+    before = (whole / "errors.csv").read_bytes()
+    assert f"{whole} holds a study already: continue it with --resume" in _fails(capsys, whole)
+    assert (whole / "errors.csv").read_bytes() == before
+
+
+def test_resume_with_another_configuration_is_refused(whole, capsys, monkeypatch):
+    assert "config.json: seeds is [0, 1] there and [7] here" in _fails(capsys, whole, "--resume", "--seed", 7)
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["digits"])
+    assert "config.json: name is tiny there and digits here" in _fails(capsys, whole, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seed", "-1"), "--seed must be at least 0, got -1"),
+        (("--jobs", "0"), "--jobs must be at least 1, got 0"),
+        (("--time-limit", "-1"), "--time-limit must be at least 0, got -1.0"),
+        (("--time-limit", "nan"), "--time-limit must be at least 0, got nan"),
+        (("--step-limit", "-1"), "--step-limit must be at least 0, got -1"),
+        (("--driver", "adam"), "no driver is called 'adam'; there are: "),
+        (("--device", "tpu9"), "'tpu9' is not the name of a device"),
+        (("--preset", "huge"), "argument --preset: invalid choice: 'huge'"),
+        (("--step-limit", "ten"), "argument --step-limit: invalid int value: 'ten'"),
+        (("--trajectory", "none"), "argument --trajectory: invalid choice: 'none'"),
+    ],
+)
+def test_a_bad_option_is_named_and_nothing_written(tmp_path, capsys, options, message):
+    assert message in _fails(capsys, tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    line = _fails(capsys, tmp_path / "out", "--device", "cuda")
+    assert line == "inverse_errors: device 'cuda' is asked for, but there are 0 GPUs\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_images_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", PRESETS["cifar10-small"])
+    (tmp_path / "data").mkdir()
+    assert str(tmp_path / "data") in _fails(capsys, tmp_path / "out", "--data", tmp_path / "data")
+
+
+def test_an_output_that_is_a_file_is_named(tmp_path, capsys):
+    (tmp_path / "out").write_text("hello")
+    assert f"{tmp_path / 'out'}" in _fails(capsys, tmp_path / "out")
+
+
+def test_a_corrupt_checkpoint_is_named(tmp_path, capsys):
+    out = tmp_path / "out"
+    assert _study(out, "--seed", 0, "--step-limit", 3) == 0
+    checkpoint = out / "state" / "seed-0.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    assert f"{checkpoint}: not a readable checkpoint" in _fails(capsys, out, "--seed", 0, "--resume")
+    checkpoint.write_text("hello")
+    assert f"{checkpoint}: not a readable checkpoint" in _fails(capsys, out, "--seed", 0, "--resume")
+
+
+def test_a_corrupt_configuration_is_named(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{")
+    assert f"{tmp_path / 'config.json'}: not readable" in _fails(capsys, tmp_path, "--resume")
+
+
+def test_training_that_diverges_leaves_what_was_computed(tmp_path, capsys, monkeypatch):
+    blows_up = dataclasses.replace(
+        DRIVERS["sgd"], learning_rate=lambda config, epoch: 1e30 if epoch >= 2 else 0.02
+    )
+    monkeypatch.setitem(DRIVERS, "sgd", blows_up)
+    out = tmp_path / "out"
+    line = _fails(capsys, out, "--seed", 0)
+    assert line.startswith("inverse_errors: seed 0: iteration 21: ")
+    assert "NaN or Inf" in line
+    assert sorted(set(pd.read_csv(out / "errors.csv").k)) == list(range(10, 21))
+
+
+def test_training_that_diverges_before_the_window_is_reported(tmp_path, capsys, monkeypatch):
+    blows_up = dataclasses.replace(DRIVERS["sgd"], learning_rate=lambda config, epoch: 1e30)
+    monkeypatch.setitem(DRIVERS, "sgd", blows_up)
+    line = _fails(capsys, tmp_path / "out", "--seed", 0)
+    assert line.startswith("inverse_errors: seed 0: ")
+    assert "iteration" in line
