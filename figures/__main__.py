@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from figures import optimizers
 from figures.render import render
 from kfacerr.cli import Parser
 from kfacerr.errors import InputError
@@ -13,7 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m figures", description="Render a study's figures and tables.")
     parser.add_argument("run", type=Path, metavar="DIR", help="what a study wrote to --out")
     try:
-        render(parser.parse_args(argv).run)
+        run: Path = parser.parse_args(argv).run
+        (optimizers.render if (run / "epochs.csv").exists() else render)(run)
     except InputError as error:
         print(f"figures: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,8 @@ PAPER_TABLE_1 = {  # Table 1: average metrics (1)-(4) at epoch 30, and t_epoch i
 def render(run: Path) -> None:
     """Writes Figures 1 and 2 and the spectra (PDF and PNG) and Table 1 (Markdown and CSV) into `run`.
 
+    Table 1 has a t_epoch column if `studies.timing` has left its timing.csv there.
+
     Raises:
         InputError: `run` has no errors.csv, or it is not a table of errors.
     """
@@ -38,6 +40,11 @@ def render(run: Path) -> None:
     if spectra.exists():
         _save(spectrum_figure(_read(spectra, ("seed", "epoch", "factor", "index", "eigenvalue"))), run / "spectra")
     table = table_1(errors)
+    if (run / "timing.csv").exists():
+        timing = pd.read_csv(run / "timing.csv").groupby("driver").t_epoch.agg(["mean", "std"])
+        place = list(table.columns).index("paper t_epoch (s)")
+        table.insert(place, "t_epoch (s)", table.algorithm.map(timing["mean"]))
+        table.insert(place + 1, "t_epoch SD", table.algorithm.map(timing["std"]))
     write_text(run / "table1.csv", table.to_csv(index=False, float_format="%.4g"))
     shown = table.astype(object).where(table.notna(), None)  # `missingval` is for None alone
     write_text(run / "table1.md", shown.to_markdown(index=False, floatfmt=".3g", missingval="-") + "\n")

@@ -52,6 +52,10 @@ class Curves:
         """Length of the shortest curve."""
         return min(map(len, self._curves.values()), default=0)
 
+    @property
+    def algorithms(self) -> set[str]:
+        return {name for name, _ in self._curves}
+
     def average(self, algorithm: str, metric: str) -> float:
         return float(self[algorithm, metric].mean())
 
@@ -187,11 +191,14 @@ def _variants(errors: pd.DataFrame) -> dict[str, pd.DataFrame]:
     base = errors[errors.continuation == "min"]
     equal = base.assign(algorithm=base.algorithm.str.replace(r" rank=\d+$", "", regex=True))
     has_own = equal.algorithm.isin(set(equal.algorithm[equal.algorithm != base.algorithm]))
-    return {
+    variants = {
         "paper's settings": base[base.algorithm.isin(SEVEN)],
         "equal rank": equal[(equal.algorithm != base.algorithm) | ~has_own],
         "`trace` continuation": errors[(errors.continuation == "trace") & errors.algorithm.isin(SEVEN)],
     }
+    if not has_own.any():
+        del variants["equal rank"]  # own trajectories have none
+    return variants
 
 
 def _over_seeds(window: pd.DataFrame) -> Curves:
@@ -199,5 +206,6 @@ def _over_seeds(window: pd.DataFrame) -> Curves:
 
 
 def _safely(claim: Callable[[Curves], Finding], curves: Curves) -> Finding | None:
-    """None where an interrupted run left too little of a window to judge."""
-    return claim(curves) if curves.blocks >= 3 * PERIOD // BLOCK else None
+    """None where an interrupted run left too little of a window, or of the algorithms, to judge."""
+    complete = curves.blocks >= 3 * PERIOD // BLOCK and curves.algorithms >= set(SEVEN)
+    return claim(curves) if complete else None

@@ -163,6 +163,7 @@ KFAC_TABLE_1 = {  # §4.2: new data every 10 iterations, the heavier updates eve
     "K-FAC T_inv=50": KFACSettings("K-FAC", 10, 50),
     "R-KFAC T_inv=50": KFACSettings("R-KFAC", 10, 50),
     "R-KFAC T_inv=10": KFACSettings("R-KFAC", 10, 10),
+    "R-KFAC T_inv=300": KFACSettings("R-KFAC", 10, 300),
     "B-KFAC": KFACSettings("B-KFAC", 10, 50, T_brand=10),
     "B-KFAC-C": KFACSettings("B-KFAC-C", 10, 50, T_brand=10, T_corct=50),
     "B-R-KFAC": KFACSettings("B-R-KFAC", 10, 50, T_brand=10, T_rsvd=50),

@@ -2,10 +2,13 @@
 
     python -m studies.inverse_errors --preset digits|cifar10-small|paper [--data DIR] [--seed S ...] --out DIR
 
-One training run a seed; all algorithms watch the columns of the first FC layer (the shared trajectory). DIR gets
-errors.csv, config.json, environment.json, Figures 1 and 2, Table 1, the spectra, and claims.md; variants.csv
-holds the same errors at equal rank and with the `trace` continuation. A run that is stopped, by --time-limit,
---step-limit or Ctrl-C, goes on with --resume and gives the same tables as one that was not.
+With the shared trajectory (the default) there is one training run a seed, and all algorithms watch the columns of
+its first FC layer. With --trajectory own each algorithm trains a network of its own, as in the paper, with the
+K-FAC optimizer that it drives; the reference is a shadow EA factor of that run's columns.
+
+DIR gets errors.csv, config.json, environment.json, Figures 1 and 2, Table 1, the spectra, and claims.md;
+variants.csv holds the same errors at equal rank and with the `trace` continuation. A run that is stopped, by
+--time-limit, --step-limit or Ctrl-C, goes on with --resume and gives the same tables as one that was not.
 """
 
 import argparse
@@ -25,10 +28,12 @@ from kfacerr.algorithms import SEVEN, Settings
 from kfacerr.cli import Parser
 from kfacerr.errors import InputError
 from kfacerr.files import write_text
+from kfacerr.lowrank import LowRank
+from kfacerr.processes import EAFactor, Estimate, Process
 from kfacerr.recorder import RecordingWriter
 from kfacerr.replay import ErrorStudy, Row
-from kfacerr.stream import Step
-from kfacerr.torch import ColumnHooks
+from kfacerr.stream import Array, Step
+from kfacerr.torch import KFAC, ColumnHooks
 from studies.claims import judge
 from studies.data import Dataset
 from studies.presets import PRESETS, Preset
@@ -50,7 +55,29 @@ from studies.training import Training, TrainingConfig, find_driver, select_devic
 __all__ = ["SeedRun", "main"]
 
 LAYER = "fc0"
+SPECTRA_OF = SEVEN[0]  # of own trajectories, the one whose spectra are kept
 EVALUATE_EPOCHS = 5  # epochs between looks at the test set
+
+
+class Driven(Process):
+    """The process of an optimizer, as an error study sees it: the optimizer updates it, the study measures it."""
+
+    _seen: Estimate | None = None
+
+    def look(self, process: Process, dtype: torch.dtype) -> None:
+        """Takes over what the optimizer's process holds, in the study's precision."""
+        held = process.estimate
+        if held is self._seen or held is None:
+            return
+        low = held.lowrank
+        basis, D, mix = (x if x is None else x.to(dtype) for x in (low.basis, low.D, low.mix))
+        self._seen, self.estimate = held, Estimate(LowRank(basis, D, mix), held.trace.to(dtype))
+
+    def begin(self, k: int, factor: EAFactor | None) -> None:
+        pass
+
+    def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
+        pass
 
 
 class SeedRun:
@@ -62,13 +89,20 @@ class SeedRun:
         seed: of the run.
         device: to run on.
         recording: where to write the layer's K-factor recording, or None.
+        own: the one algorithm that drives this run and is measured on it, or None for all on a shared run.
     """
 
     def __init__(
-        self, preset: Preset, dataset: Dataset, seed: int, device: str, recording: Path | None = None
+        self,
+        preset: Preset,
+        dataset: Dataset,
+        seed: int,
+        device: str,
+        recording: Path | None = None,
+        own: str | None = None,
     ) -> None:
         steps_per_epoch = len(dataset.train_images) // preset.batch_size
-        self.preset, self.seed = preset, seed
+        self.preset, self.seed, self.own = preset, seed, own
         self.windows = preset.windows(steps_per_epoch)
         self.end = self.windows[-1].start + self.windows[-1].length
         config = TrainingConfig(
@@ -76,12 +110,18 @@ class SeedRun:
             epochs=max(preset.epochs(steps_per_epoch), preset.schedule_epochs),
             width=preset.width,
             seed=seed,
-            driver=preset.driver,
-            learning_rate=preset.learning_rate,
+            driver=own or preset.driver,
             augment=preset.augment,
             device=device,
+            schedule_epochs=preset.schedule_epochs,
+            rank_scale=preset.rank_scale,
+            **preset.settings(own or preset.driver),
         )
         self.training = Training(config, dataset)
+        if own and self._optimizer().hyper.T_updt != preset.T_updt:
+            raise InputError(
+                f"{own} updates every {self._optimizer().hyper.T_updt} iterations, not {preset.T_updt}"
+            )
         self.hooks = ColumnHooks(self.training.model, [LAYER])
         settings = Settings(
             rank=preset.rank(0),
@@ -90,7 +130,9 @@ class SeedRun:
             n_pwr_it=preset.n_pwr_it,
             seed=seed,
         )
-        self.study = ErrorStudy(algorithms(preset), settings, self.windows, continuations=("min", "trace"))
+        self._driven = {"A": Driven(), "G": Driven()}
+        measured = {own: (self._driven["A"], self._driven["G"])} if own else algorithms(preset)
+        self.study = ErrorStudy(measured, settings, self.windows, continuations=("min", "trace"))
         self.rows: list[Row] = []
         self.spectra: list[tuple[int, str, list[float]]] = []
         self.log: list[tuple[int, float, float]] = []
@@ -99,7 +141,7 @@ class SeedRun:
 
     @property
     def name(self) -> str:
-        return f"seed {self.seed}"
+        return job_name(self.seed, self.own)
 
     @property
     def position(self) -> int:
@@ -116,18 +158,35 @@ class SeedRun:
         update = k % preset.T_updt == 0
         window = self.study.window(k)
         self.hooks.enabled = update or window is not None
+        starts = window is not None and k == window.start
+        if self.own and starts:
+            for process in self._optimizer_processes().values():
+                process.restart(k)
         training.step()
         if self.hooks.enabled:
+            if self.own:
+                for side, process in self._optimizer_processes().items():
+                    self._driven[side].look(process, getattr(torch, preset.dtype))
             columns = self.hooks.pop()[LAYER]
             dtype = getattr(torch, preset.dtype)
             step = Step(k, columns.A.to(dtype), columns.G.to(dtype), update, preset.phi(epoch))
             self.study.tune(rank=preset.rank(epoch), oversampling=preset.oversampling(epoch))
             self.rows += self.study.push(step)
             self._record(step)
-        if window is not None and k == window.start:
+        if window is not None and starts:
             self.spectra += [(window.epoch, side, self.study.spectrum(side).tolist()) for side in "AG"]
         if training.k % (EVALUATE_EPOCHS * training.steps_per_epoch) == 0 or self.finished:
             self.log.append((epoch, *training.evaluate()))
+
+    def _optimizer(self) -> KFAC:
+        """What drives a run on its own trajectory."""
+        optimizer = self.training.optimizer
+        assert isinstance(optimizer, KFAC)
+        return optimizer
+
+    def _optimizer_processes(self) -> dict[str, Process]:
+        """The processes of the layer's factors in that optimizer."""
+        return {side: factor.process for side, factor in self._optimizer().layers[LAYER].factors.items()}
 
     def _record(self, step: Step) -> None:
         if self.recording is None:
@@ -158,6 +217,7 @@ class SeedRun:
         """What has been measured so far."""
         return {
             "seed": self.seed,
+            "own": self.own,
             "finished": self.finished,
             "rows": [tuple(row) for row in self.rows],
             "spectra": self.spectra,
@@ -195,8 +255,17 @@ def _to(state: Any, device: torch.device) -> Any:
 # ------------------------------------------------------------------------------------------- what DIR holds
 
 
-def checkpoint_path(out: Path, seed: int) -> Path:
-    return out / "state" / f"seed-{seed}.pt"
+def job_name(seed: int, own: str | None) -> str:
+    return f"seed {seed}" + (f", {own}" if own else "")
+
+
+def checkpoint_path(out: Path, seed: int, own: str | None = None) -> Path:
+    return out / "state" / f"{_slug(seed, own)}.pt"
+
+
+def _slug(seed: int, own: str | None) -> str:
+    """What a job's files are called."""
+    return f"seed-{seed}" + (f"-{own.lower().replace(' ', '-').replace('=', '')}" if own else "")
 
 
 def write_results(out: Path, dataset: str, states: Sequence[dict[str, Any]]) -> None:
@@ -211,12 +280,13 @@ def write_results(out: Path, dataset: str, states: Sequence[dict[str, Any]]) -> 
     spectra = [
         pd.DataFrame({"seed": s["seed"], "epoch": e, "factor": side, "index": range(len(w)), "eigenvalue": w})
         for s in states
+        if s.get("own") in (None, SPECTRA_OF)
         for e, side, w in s["spectra"]
     ]
     if spectra:
         write_csv(out / "spectra.csv", pd.concat(spectra, ignore_index=True))
-    log = [(s["seed"], *entry) for s in states for entry in s["log"]]
-    columns = ["seed", "epoch", "test_loss", "test_accuracy"]
+    log = [(s.get("own") or "shared", s["seed"], *entry) for s in states for entry in s["log"]]
+    columns = ["trajectory", "seed", "epoch", "test_loss", "test_accuracy"]
     write_csv(out / "training.csv", pd.DataFrame(log, columns=columns))
     if len(frame):
         write_text(out / "claims.md", judge(frame, dataset))
@@ -244,8 +314,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--preset", required=True, choices=tuple(PRESETS))
     add_data_arguments(parser)
     add_job_arguments(parser)
-    parser.add_argument("--driver", help="what drives the training (default: the preset's)")
-    parser.add_argument("--trajectory", choices=("shared",), default="shared", help="one run for all algorithms")
+    parser.add_argument("--driver", help="what drives the shared trajectory (default: the preset's)")
+    parser.add_argument(
+        "--trajectory",
+        choices=("shared", "own"),
+        default="shared",
+        help="one run for all algorithms, or one for each",
+    )
     parser.add_argument("--record", action="store_true", help="also write each seed's K-factor recording")
     return parser
 
@@ -271,8 +346,11 @@ def _run(arguments: argparse.Namespace) -> int:
     open_output(arguments.out, config, arguments.resume)
     stop = Stop(arguments.out / "state" / "stopped", arguments.time_limit, arguments.step_limit)
     jobs = [
-        joblib.delayed(run_seed)(preset, dataset, seed, arguments.device, arguments.out, arguments.record, stop)
+        joblib.delayed(run_seed)(
+            preset, dataset, seed, own, arguments.device, arguments.out, arguments.record, stop
+        )
         for seed in preset.seeds
+        for own in (SEVEN if arguments.trajectory == "own" else (None,))
     ]
     outcomes: list[Outcome] = []
     with stop.listening():
@@ -289,6 +367,8 @@ def _check(arguments: argparse.Namespace, preset: Preset) -> None:
     """Refuses what would fail later, before anything is written to DIR."""
     select_device(arguments.device)
     find_driver(preset.driver)
+    if arguments.driver and arguments.trajectory == "own":
+        raise InputError("--driver is for the shared trajectory: on its own each algorithm drives itself")
     check_at_least(
         jobs=(arguments.jobs, 1),
         seed=(min(preset.seeds), 0),
@@ -298,14 +378,21 @@ def _check(arguments: argparse.Namespace, preset: Preset) -> None:
 
 
 def run_seed(
-    preset: Preset, dataset: Dataset, seed: int, device: str, out: Path, record: bool, stop: Stop
+    preset: Preset,
+    dataset: Dataset,
+    seed: int,
+    own: str | None,
+    device: str,
+    out: Path,
+    record: bool,
+    stop: Stop,
 ) -> Outcome:
     """Takes one seed's run as far as `stop` allows; a job of its own, whatever process it runs in."""
-    recording = out / f"recording-seed-{seed}.h5" if record else None
+    recording = out / f"recording-{_slug(seed, own)}.h5" if record else None
     return run_job(
-        f"seed {seed}",
-        checkpoint_path(out, seed),
-        lambda: SeedRun(preset, dataset, seed, device, recording),
+        job_name(seed, own),
+        checkpoint_path(out, seed, own),
+        lambda: SeedRun(preset, dataset, seed, device, recording, own),
         stop,
     )
 

@@ -286,6 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"optimizers: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("optimizers: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

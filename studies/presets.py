@@ -1,8 +1,10 @@
 """The presets of the error study (§4.2) and of the performance study (§6): what is trained, and for how long."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from kfacerr.stream import Window
+from studies.drivers import find_driver
 from studies.schedules import paper_oversampling, paper_phi, paper_rank
 
 __all__ = ["OPTIMIZER_PRESETS", "PRESETS", "OptimizerPreset", "Preset"]
@@ -58,6 +60,11 @@ class Preset:
     def oversampling(self, epoch: int) -> int:
         """r_o of §6."""
         return paper_oversampling(self.paper_epoch(epoch))
+
+    def settings(self, driver: str) -> dict[str, Any]:
+        """What `TrainingConfig` should say for a driver; for this preset's own, with its learning rate."""
+        own = {"learning_rate": self.learning_rate} if driver == self.driver else {}
+        return {**find_driver(driver).settings, **own}
 
     def windows(self, steps_per_epoch: int) -> list[Window]:
         """Each starts at the first update of its epoch."""

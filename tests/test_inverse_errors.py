@@ -351,3 +351,51 @@ def test_training_that_diverges_before_the_window_is_reported(tmp_path, capsys, 
     line = _fails(capsys, tmp_path / "out", "--seed", 0)
     assert line.startswith("inverse_errors: seed 0: ")
     assert "iteration" in line
+
+
+# ------------------------------------------------------------------------------------------ own trajectories
+
+
+@pytest.fixture
+def _every_ten(monkeypatch):
+    monkeypatch.setitem(PRESETS, "tiny", dataclasses.replace(TINY, T_updt=10))  # as the algorithms of §4.2
+
+
+@pytest.mark.usefixtures("_every_ten")
+def test_on_its_own_trajectory_each_algorithm_is_measured_against_its_own_factor(tmp_path):
+    """The study measures the optimizer's own processes: what they hold equals a replay of that run's columns."""
+    out = tmp_path / "own"
+    assert _study(out, "--trajectory", "own", "--seed", "0", "--record") == 0
+    errors = pd.read_csv(out / "errors.csv")
+    assert set(errors.algorithm) == set(SEVEN)
+    assert len(errors) == len(SEVEN) * len(METRICS) * 2 * TINY.window_length
+    assert np.isfinite(errors.value).all()
+    curves = errors.set_index(["algorithm", "k", "metric"]).value
+
+    # Periods are counted from each window's start, also inside the optimizer: K-FAC's first step is exact.
+    for ks in WINDOWS.values():
+        assert curves["K-FAC T_inv=50", ks[0], "inverse_A"] < 1e-5
+        assert curves["K-FAC T_inv=50", ks[-1], "inverse_A"] > 1e-3
+
+    for name, slug in (("B-KFAC", "b-kfac"), ("K-FAC T_inv=50", "k-fac-t_inv50")):
+        recording = out / f"recording-seed-0-{slug}.h5"
+        replayed = tmp_path / f"{slug}.csv"
+        arguments = [str(recording), "--layer", "fc0", "--rank", str(RANK), "--out", str(replayed)]
+        assert cli.main(["replay", *arguments, "--algorithms", name, "--dtype", "float64"]) == 0
+        again = pd.read_csv(replayed).set_index(["algorithm", "k", "metric"]).value
+        # The optimizer holds its factors in float32.
+        pd.testing.assert_series_equal(curves[again.index].sort_index(), again.sort_index(), rtol=5e-3, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_every_ten")
+def test_own_trajectories_resume_to_the_same_tables(tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert _study(whole, "--trajectory", "own", "--seed", "1") == 0
+    assert _study(parts, "--trajectory", "own", "--seed", "1", "--step-limit", "45") == 0
+    assert "--resume" in capsys.readouterr().err
+    assert _study(parts, "--trajectory", "own", "--seed", "1", "--resume") == 0
+    assert (parts / "errors.csv").read_bytes() == (whole / "errors.csv").read_bytes()
+
+
+def test_a_driver_for_own_trajectories_is_refused(tmp_path, capsys):
+    assert "--driver" in _fails(capsys, tmp_path / "own", "--trajectory", "own", "--driver", "sgd")
