@@ -10,7 +10,8 @@ from .errors import InputError
 from .frequent_directions import FrequentDirections
 from .lowrank import LowRank
 from .metrics import METRICS
-from .processes import Brand, BrandCorrected, BrandRsvd, EAFactor, Estimate, Evd, Process, Rsvd, Sketch
+from .process import EAFactor, Estimate, Process
+from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd, Sketch
 from .replay import ErrorStudy, Row, table
 from .stream import Columns, Step, Window
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from .errors import InputError
 from .frequent_directions import FrequentDirections
-from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Process, Rsvd, Sketch
+from .process import Process
+from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd, Sketch
 from .rsvd import nystrom, rsvd, srevd
 
 __all__ = ["SEVEN", "Settings", "make_process"]

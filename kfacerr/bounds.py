@@ -31,7 +31,7 @@ import numpy as np
 
 from .backend import check_columns, eigh_descending, eps, namespace, to_numpy
 from .errors import InputError
-from .processes import check_rho
+from .process import check_rho
 from .stream import Array
 
 __all__ = [

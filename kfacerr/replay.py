@@ -25,7 +25,8 @@ from .inverse import (
     precondition_linear,
 )
 from .metrics import METRICS, angle_error, inverse_error, norm_error
-from .processes import BrandRsvd, EAFactor, Estimate, Process, Rsvd
+from .process import EAFactor, Estimate, Process
+from .processes import BrandRsvd, Rsvd
 from .stream import Array, Step, Window
 
 __all__ = ["DAMPINGS", "ErrorStudy", "Row", "table"]

@@ -27,7 +27,8 @@ from .correction import correct
 from .errors import InputError
 from .frequent_directions import FrequentDirections
 from .lowrank import LowRank
-from .processes import Brand, BrandRsvd, EAFactor, Evd, Process, Rsvd, Sketch, check_rho
+from .process import EAFactor, Process, check_rho
+from .processes import Brand, BrandRsvd, Evd, Rsvd, Sketch
 from .recording import LayerRecording
 from .rsvd import nystrom, rsvd
 

@@ -29,7 +29,7 @@ from kfacerr.cli import Parser
 from kfacerr.errors import InputError
 from kfacerr.files import write_text
 from kfacerr.lowrank import LowRank
-from kfacerr.processes import EAFactor, Estimate, Process
+from kfacerr.process import EAFactor, Estimate, Process
 from kfacerr.recorder import RecordingWriter
 from kfacerr.replay import ErrorStudy, Row
 from kfacerr.stream import Array, Step

@@ -167,7 +167,7 @@ OPTIMIZER_PRESETS = {
             batch_size=32,
             epochs=6,
             seeds=(0, 1),
-            targets=(0.50, 0.70, 0.90),
+            targets=(0.77, 0.84, 0.91),
             rank_scale=1 / 8,
             timing_rounds=1,
         ),

@@ -17,7 +17,8 @@ from kfacerr.bounds import Identity, Inequality, Psd, norms, trajectory
 from kfacerr.correction import correct
 from kfacerr.errors import InputError
 from kfacerr.lowrank import LowRank
-from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, EAFactor, Evd, Process, Rsvd, Sketch
+from kfacerr.process import EAFactor, Process
+from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd, Sketch
 from kfacerr.rsvd import rsvd, srevd
 
 QUICK = settings(max_examples=80, deadline=None, derandomize=True)

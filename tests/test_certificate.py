@@ -13,7 +13,8 @@ from kfacerr.certificate import Certificate
 from kfacerr.errors import InputError
 from kfacerr.frequent_directions import FrequentDirections
 from kfacerr.lowrank import LowRank
-from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, EAFactor, Evd, Rsvd, Sketch
+from kfacerr.process import EAFactor
+from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd, Sketch
 from kfacerr.rsvd import nystrom, rsvd, srevd
 from tests.conftest import Backend
 from tests.strategies import generators, orthogonal, rhos, spectrum, stream, streams

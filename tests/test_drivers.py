@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from kfacerr.errors import InputError
-from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Process, Rsvd
+from kfacerr.process import Process
+from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
 from kfacerr.torch import KFAC
 from kfacerr.torch.seng import SENG
 from studies.drivers import (

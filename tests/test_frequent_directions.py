@@ -11,7 +11,8 @@ from kfacerr.algorithms import Settings, make_process
 from kfacerr.errors import InputError
 from kfacerr.frequent_directions import FrequentDirections
 from kfacerr.inverse import damped_inverse
-from kfacerr.processes import Brand, EAFactor
+from kfacerr.process import EAFactor
+from kfacerr.processes import Brand
 from kfacerr.replay import ErrorStudy
 from kfacerr.stream import Step, Window
 from tests.conftest import Backend

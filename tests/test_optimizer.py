@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfacerr import processes
-from kfacerr.processes import Estimate, Process
+from kfacerr.process import Estimate, Process
 from kfacerr.rsvd import evd
 from kfacerr.torch import KFAC
 from tests import reference

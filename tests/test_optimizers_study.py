@@ -143,9 +143,7 @@ def test_another_configuration_is_refused(whole: Path, capsys: pytest.CaptureFix
     assert "continuation is min there and trace here" in capsys.readouterr().err
 
 
-def test_divergence_is_a_result_and_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_divergence_is_a_result_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sgd = DRIVERS["sgd"]
     wild = Driver(sgd.make_optimizer, lambda config, epoch: 1e30, sgd.settings)
     monkeypatch.setitem(DRIVERS, "sgd", wild)

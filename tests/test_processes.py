@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfacerr.errors import InputError
-from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Clock, EAFactor, Evd, Rsvd, Sketch
+from kfacerr.process import Clock, EAFactor
+from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd, Sketch
 from kfacerr.rsvd import srevd
 from tests import reference
 from tests.strategies import generators, rhos, stream, streams

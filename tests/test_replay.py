@@ -10,7 +10,7 @@ from kfacerr.algorithms import SEVEN, Settings, make_process
 from kfacerr.backend import device_array
 from kfacerr.errors import InputError
 from kfacerr.lowrank import LowRank
-from kfacerr.processes import Estimate, Process
+from kfacerr.process import Estimate, Process
 from kfacerr.replay import ErrorStudy, table
 from kfacerr.stream import Step, Window
 from tests import reference

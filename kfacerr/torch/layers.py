@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..inverse import DampedInverse, damped_inverse
-from ..processes import EAFactor, Estimate, Process
+from ..process import EAFactor, Estimate, Process
 from ..stream import Columns
 from .hooks import ColumnHooks
 from .policy import Choice, FactorInfo, HyperParameters, LayerPolicy, choice_of_side, falls_back, make, tune

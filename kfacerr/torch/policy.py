@@ -14,7 +14,8 @@ import numpy as np
 from ..algorithms import Settings, make_process
 from ..errors import InputError
 from ..inverse import check_phi
-from ..processes import Brand, Process, check_rho
+from ..process import Process, check_rho
+from ..processes import Brand
 
 __all__ = ["PRESETS", "SGD", "Choice", "FactorInfo", "HyperParameters", "LayerPolicy", "Preset", "Schedules"]
 
