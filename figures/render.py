@@ -1,5 +1,6 @@
 """From a study's CSVs to its figures and tables; reads nothing else, so that results can be rendered anywhere."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +33,7 @@ def render(run: Path) -> None:
         InputError: `run` has no errors.csv, or it is not a table of errors.
     """
     errors = _read(run / "errors.csv", ("algorithm", "k", "metric", "value", "epoch", "seed"))
-    seeds = errors.seed.nunique()
-    note = f"mean of {seeds} seeds, band: their range" if seeds > 1 else ""
+    note = _note(run, errors.seed.nunique())
     _save(error_figure(errors, METRICS[:2], title=note), run / "figure1")
     _save(error_figure(errors, METRICS[2:], title=note), run / "figure2")
     spectra = run / "spectra.csv"
@@ -42,12 +42,23 @@ def render(run: Path) -> None:
     table = table_1(errors)
     if (run / "timing.csv").exists():
         timing = pd.read_csv(run / "timing.csv").groupby("driver").t_epoch.agg(["mean", "std"])
-        place = list(table.columns).index("paper t_epoch (s)")
-        table.insert(place, "t_epoch (s)", table.algorithm.map(timing["mean"]))
-        table.insert(place + 1, "t_epoch SD", table.algorithm.map(timing["std"]))
+        paper = table.pop("paper t_epoch (s)")
+        table["t_epoch (s)"] = table.algorithm.map(timing["mean"])
+        table["t_epoch SD"] = table.algorithm.map(timing["std"])
+        table["paper t_epoch (s)"] = paper
     write_text(run / "table1.csv", table.to_csv(index=False, float_format="%.4g"))
     shown = table.astype(object).where(table.notna(), None)  # `missingval` is for None alone
     write_text(run / "table1.md", shown.to_markdown(index=False, floatfmt=".3g", missingval="-") + "\n")
+
+
+def _note(run: Path, seeds: int) -> str:
+    """One line over a figure: the data, as config.json names them, and what is drawn."""
+    try:
+        data = json.loads((run / "config.json").read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        data = ""
+    drawn = f"mean of {seeds} seeds, band: their range" if seeds > 1 else ""
+    return ", ".join(filter(None, (data, drawn)))
 
 
 def table_1(errors: pd.DataFrame) -> pd.DataFrame:

@@ -70,12 +70,14 @@ class Driver:
         settings: what `TrainingConfig` should say for this driver to be the paper's (for SGD and AdamW: usual).
         cycle: iterations after which its updates repeat, from the iterations per epoch; times are taken over
             whole cycles.
+        per_batch: the learning rate in `settings` is for the paper's batches of 256, and not for any.
     """
 
     make_optimizer: Callable[[nn.Module, "TrainingConfig", int], torch.optim.Optimizer]
     learning_rate: Callable[["TrainingConfig", int], float]
     settings: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     cycle: Callable[[int], int] = lambda steps_per_epoch: 10 * update_period(steps_per_epoch)
+    per_batch: bool = True
 
 
 def find_driver(name: str) -> Driver:
@@ -238,7 +240,9 @@ def _seng_cycle(steps_per_epoch: int) -> int:
 
 DRIVERS: dict[str, Driver] = {
     "sgd": Driver(_sgd, _cosine, MappingProxyType({"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4})),
-    "adamw": Driver(_adamw, _cosine, MappingProxyType({"learning_rate": 1e-3, "weight_decay": 1e-2})),
+    "adamw": Driver(  # PyTorch's defaults, which users leave as they are
+        _adamw, _cosine, MappingProxyType({"learning_rate": 1e-3, "weight_decay": 1e-2}), per_batch=False
+    ),
     "seng": Driver(
         _seng,
         _seng_rate,

@@ -91,12 +91,13 @@ class Epoch(NamedTuple):
 def training_config(preset: OptimizerPreset, driver: str, seed: int, device: str) -> TrainingConfig:
     """A driver's settings at the preset's size.
 
-    Learning rates are for the paper's batches of 256, and scale with the square root of the batch, for every
-    optimizer alike: the noise that the gradients of an epoch put into the weights then stays as it is (Krizhevsky
-    2014, arXiv:1404.5997, sec. 5).
+    Learning rates are for the paper's batches of 256, and scale with the square root of the batch: the noise that
+    the gradients of an epoch put into the weights then stays as it is (Krizhevsky 2014, arXiv:1404.5997, sec. 5).
+    AdamW keeps its default.
     """
     settings = dict(find_driver(driver).settings)
-    settings["learning_rate"] *= math.sqrt(preset.batch_size / PAPER_BATCH)
+    if find_driver(driver).per_batch:
+        settings["learning_rate"] *= math.sqrt(preset.batch_size / PAPER_BATCH)
     return TrainingConfig(
         batch_size=preset.batch_size,
         epochs=preset.epochs,

@@ -141,6 +141,7 @@ def test_learning_rates_scale_with_the_root_of_the_batch() -> None:
     preset = OPTIMIZER_PRESETS["cifar10-small"]
     assert training_config(preset, "sgd", 0, "cpu").learning_rate == pytest.approx(0.1 / 2)
     assert training_config(preset, "k-fac", 0, "cpu").learning_rate == pytest.approx(0.3 / 2)
+    assert training_config(preset, "adamw", 0, "cpu").learning_rate == 1e-3
 
 
 # On the paper's network, small.

@@ -1,4 +1,4 @@
-"""The performance study: a miniature from end to end, stopped and resumed; its tables from epochs with known answers."""
+"""The performance study: a miniature, stopped and resumed; its tables from epochs with known answers."""
 
 import dataclasses
 import json
@@ -392,7 +392,7 @@ def test_claims_count_seeds_and_misses() -> None:
     same = [[0.6, 0.8, 0.95], [0.6, 0.8, 0.95]]
     curves = dict.fromkeys(("r-kfac", "b-kfac-c", "b-r-kfac"), same) | {"b-kfac": [same[0], [0.6, 0.8, 0.85]]}
     preset = dataclasses.replace(TINY, epochs=3, targets=TARGETS)
-    text = judge(epochs_of(curves), times_of(dict.fromkeys(curves, [1.0, 1.0])), preset, "tiny")
+    text = judge(epochs_of(curves), times_of({name: [1.0, 1.0] for name in curves}), preset, "tiny")
     c10 = text.split("## C10")[1].split("## C11")[0]
     assert "**does not hold** (in 1 of 2 seeds)" in c10
     assert "B-KFAC 1.0 / 2.0 / 3.5" in c10

@@ -1,0 +1,161 @@
+"""Data parallelism: one set of K-factors for all processes, and the decompositions shared out among them.
+
+With W processes, each with a loss that is a mean over its own b_i samples, DistributedDataParallel leaves the mean
+of the W gradients. Its columns are those of micro-batches (`kfacerr.torch.layers`) with G divided by W: of B samples
+in all, process i has the columns `sqrt(b_i/B) A_i` and `sqrt(B/b_i) G_i/W`, which for equal batches are
+`A_i/sqrt(W)` and `G_i/sqrt(W)`.
+
+Processes that read columns (Brand's) get all of them, gathered; a dense factor that only an EVD or RSVD reads gets
+the sum of the `X_i X_i^T`. Each decomposition that is due is done by one process and its result broadcast, the
+largest first, each to the process with the least to do. Sketches and choices are drawn by the one that decomposes,
+and the state of its generator is broadcast too. So all processes hold the same state, and a checkpoint of one is
+good for any number of them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .layers import Factor
+from .policy import HyperParameters
+
+__all__ = ["Processes", "assign", "update_together"]
+
+
+class Processes:
+    """The processes that train one model together, or this one alone: then nothing is sent."""
+
+    def __init__(self, together: bool = True) -> None:
+        several = together and dist.is_available() and dist.is_initialized()
+        self.size = dist.get_world_size() if several else 1
+        self.rank = dist.get_rank() if several else 0
+
+    def each(self, values: Tensor) -> Tensor:
+        """(W, ...) the values of all processes, of one shape and dtype."""
+        if self.size == 1:
+            return values[None]
+        values = values.contiguous()
+        out = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(out, values)
+        return torch.stack(out)
+
+    def gather(self, X: Tensor, widths: Sequence[int]) -> Tensor:
+        """(d, sum of widths): the columns of all processes, in the order of their ranks."""
+        if self.size == 1:
+            return X
+        padded = X.new_zeros(max(widths), X.shape[0])
+        padded[: X.shape[1]] = X.T
+        parts = self.each(padded)
+        return torch.cat([part[:n] for part, n in zip(parts, widths, strict=True)]).T.contiguous()
+
+    def sum(self, X: Tensor) -> Tensor:
+        """The sum over the processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(X)
+        return X
+
+    def any(self, flags: Tensor) -> list[bool]:
+        """Which of the flags any process has raised. Waits for the device."""
+        if self.size > 1:
+            flags = flags.to(torch.int32)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in flags.tolist()]
+
+    def exchange(self, mine: Mapping[int, Any], owners: Sequence[int], device: torch.device) -> list[Any]:
+        """States (nested dicts) by index, each from its owner, to all processes; `mine` are this one's."""
+        outlines: list[Any] = [None] * self.size
+        dist.all_gather_object(outlines, {i: _map_leaves(state, _outline) for i, state in mine.items()})
+        states = []
+        for i, owner in enumerate(owners):
+            outline = outlines[owner][i]
+            if owner == self.rank:
+                tensors = [t.contiguous() for t in _leaves(mine[i]) if isinstance(t, Tensor)]
+            else:
+                tensors = [
+                    torch.empty(o.shape, dtype=o.dtype, device=device)
+                    for o in _leaves(outline)
+                    if isinstance(o, _Outline)
+                ]
+            for tensor in tensors:
+                dist.broadcast(tensor, src=owner)
+            rest = iter(tensors)
+            # The owner, too, goes on from the copy: another memory layout would round differently.
+            states.append(_map_leaves(outline, lambda o, rest=rest: next(rest) if isinstance(o, _Outline) else o))
+        return states
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """A tensor's place in a state."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _outline(leaf: Any) -> Any:
+    return _Outline(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf
+
+
+def _leaves(state: Any) -> Iterator[Any]:
+    if isinstance(state, dict):
+        for value in state.values():
+            yield from _leaves(value)
+    else:
+        yield state
+
+
+def _map_leaves(state: Any, change: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _map_leaves(value, change) for key, value in state.items()}
+    return change(state)
+
+
+def assign(costs: Sequence[float], size: int) -> list[int]:
+    """The owner of each job: the dearest first, each to the process with the least to do so far."""
+    loads = [0.0] * size
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[i] = min(range(size), key=lambda rank: (loads[rank], rank))
+        loads[owners[i]] += costs[i]
+    return owners
+
+
+def update_together(
+    team: Processes,
+    k: int,
+    work: Sequence[tuple[Factor, Tensor, Sequence[int]]],
+    hyper: HyperParameters,
+) -> None:
+    """Step k of all factors, each with this process's columns X (d, n_i) and the widths n_1, ..., n_W of all.
+
+    Every process calls it with the same factors.
+    """
+    shared: list[tuple[Factor, Tensor]] = []
+    for factor, X, widths in work:
+        factor.tune(hyper)
+        if factor.reads_columns:
+            X = team.gather(X, widths)
+        else:
+            # Its process reads no M_{k-1}, so that M may move on before `begin`.
+            factor.absorb_dense(team.sum(X @ X.T), team.sum((X * X).sum()))
+        if factor.due(k):
+            shared.append((factor, X))
+        else:
+            factor.advance(k, X)
+    if not shared:
+        return
+    owners = assign([factor.cost for factor, _ in shared], team.size)
+    mine = {}
+    for i, ((factor, X), owner) in enumerate(zip(shared, owners, strict=True)):
+        if owner == team.rank:
+            factor.advance(k, X)
+            mine[i] = factor.process.state_dict()
+        elif factor.reads_columns:
+            factor.absorb(X)
+    states = team.exchange(mine, owners, shared[0][1].device)
+    for (factor, _), state in zip(shared, states, strict=True):
+        factor.process.load_state_dict(state)
