@@ -59,13 +59,17 @@ def test_a_rank_deficient_factor_is_recovered_exactly(xp, method, rng):
 @METHODS
 @given(rng=generators)
 def test_power_iterations_make_it_nearly_optimal_on_a_decaying_spectrum(xp, method, rng):
-    """The paper's settings: projection error is negligible beside the truncation's."""
-    d, r = 40, 8
-    M = psd(rng, "fast decay", d)
-    low = sketch(method, xp.array(M), r, seed=int(rng.integers(1000)))
+    """The paper's settings: projection error is negligible beside the truncation's.
+
+    With l = r + p columns the r-th eigenvector's tangent to range(Q) is at most (s_{l+1}/s_r)^(q+1) ||W_2|| ||W_1^+||
+    for the Gaussian W split after row l; the last factor is below 1e3 but for one seed in some hundreds.
+    """
+    d, r, p, q = 40, 8, 10, 4
+    M, s = psd(rng, "fast decay", d), spectrum("fast decay", d)
+    low = sketch(method, xp.array(M), r, oversampling=p, n_pwr_it=q, seed=int(rng.integers(1000)))
     optimal = xp.numpy(evd(xp.array(M), r).dense())
     error = xp.numpy(low.dense()) - optimal
-    assert np.linalg.norm(error) <= 1e-12 * np.linalg.norm(M)
+    assert np.linalg.norm(error) <= 1e3 * (s[r + p] / s[r - 1]) ** (q + 1) * np.linalg.norm(M)
 
 
 @METHODS
