@@ -1,4 +1,4 @@
-"""The README's example runs as it stands."""
+"""The README's examples run as they stand."""
 
 import re
 from pathlib import Path
@@ -9,24 +9,40 @@ from torch import nn
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_example_on_a_users_own_model_prints_the_four_errors_of_seven_algorithms(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def _given() -> dict:
+    """What the README's user has."""
     torch.manual_seed(0)
     model = nn.Sequential()
     model.add_module("body", nn.Linear(6, 64))
     model.add_module("relu", nn.ReLU(inplace=True))
     model.add_module("head", nn.Linear(64, 40))
-    batches = [(torch.randn(16, 6), torch.randint(40, (16,))) for _ in range(90)]
-    given = {
+    return {
         "model": model,
-        "batches": batches,
+        "batches": [(torch.randn(16, 6), torch.randint(40, (16,))) for _ in range(90)],
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "loss_fn": nn.CrossEntropyLoss(),
     }
-    exec(example, given)
+
+
+def _examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_example_on_a_users_own_model_prints_the_four_errors_of_seven_algorithms(capsys):
+    given = _given()
+    exec(_examples()[0], given)
     printed = capsys.readouterr().out
     assert printed.count("KFAC") + printed.count("K-FAC") >= 7
     assert all(metric in printed for metric in ("inverse_A", "inverse_G", "step_norm", "step_angle"))
     errors = [row.value for row in given["rows"]]
     assert len(errors) == 7 * 4 * 50
     assert all(0 <= value < 100 for value in errors)
+
+
+def test_example_of_a_training_loop_lowers_the_loss():
+    given = _given()
+    given["batches"] = [given["batches"][0]] * 40
+    x, y = given["batches"][0]
+    before = given["loss_fn"](given["model"](x), y).item()
+    exec(_examples()[1], given)
+    assert given["loss_fn"](given["model"](x), y).item() < before / 2

@@ -61,7 +61,8 @@ def test_a_rank_deficient_factor_is_recovered_exactly(xp, method, rng):
 def test_power_iterations_make_it_nearly_optimal_on_a_decaying_spectrum(xp, method, rng):
     """The paper's settings: projection error is negligible beside the truncation's.
 
-    With l = r + p columns the r-th eigenvector's tangent to range(Q) is at most (s_{l+1}/s_r)^(q+1) ||W_2|| ||W_1^+||
+    With l = r + p columns the tangent of the first r eigenvectors to range(Q) is at most
+    (s_{l+1}/s_r)^(q+1) ||W_2|| ||W_1^+||
     for the Gaussian W split after row l; the last factor is below 1e3 but for one seed in some hundreds.
     """
     d, r, p, q = 40, 8, 10, 4
