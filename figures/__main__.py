@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from figures import optimizers
+from figures.monitor import render_monitor
 from figures.render import render
 from kfacerr.cli import Parser
 from kfacerr.errors import InputError
@@ -15,7 +16,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="DIR", help="what a study wrote to --out")
     try:
         run: Path = parser.parse_args(argv).run
-        (optimizers.render if (run / "epochs.csv").exists() else render)(run)
+        if (run / "epochs.csv").exists():
+            optimizers.render(run)
+        elif (run / "monitor.csv").exists() or (run / "monitor.csv.gz").exists():
+            render_monitor(run)
+        else:
+            render(run)
     except InputError as error:
         print(f"figures: {error}", file=sys.stderr)
         return 2

@@ -12,10 +12,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from figures.files import read_table, save_both
 from figures.render import PAPER_TABLE_1
 from kfacerr.errors import InputError
 from kfacerr.files import write_text
-from kfacerr.plot import save
 
 __all__ = [
     "NAMES",
@@ -84,17 +84,17 @@ def render(run: Path) -> None:
         InputError: `run` lacks a file, or it is not what a performance study writes.
     """
     config = _config(run / "config.json")
-    epochs = _read(run / "epochs.csv", ("optimizer", "seed", "epoch", "seconds", "test_accuracy"))
-    timing = _read(run / "timing.csv", ("driver", "round", "t_epoch"))
-    breakdown = _read(run / "breakdown.csv", ("driver", "round", "part", "seconds"))
+    epochs = read_table(run / "epochs.csv", ("optimizer", "seed", "epoch", "seconds", "test_accuracy"), rows=False)
+    timing = read_table(run / "timing.csv", ("driver", "round", "t_epoch"), rows=False)
+    breakdown = read_table(run / "breakdown.csv", ("driver", "round", "part", "seconds"), rows=False)
     targets = config["targets"]
     table = table_2(epochs, timing, targets)
     write_text(run / "table2.csv", table.to_csv(index=False, float_format="%.5g"))
     write_text(run / "table2.md", _table_2_markdown(table, targets, config.get("data", "")))
-    _save(accuracy_figure(epochs, epoch_times(epochs, timing), targets), run / "accuracy")
+    save_both(accuracy_figure(epochs, epoch_times(epochs, timing), targets), run / "accuracy")
     if len(breakdown):
         _write(breakdown_table(breakdown), run / "breakdown_table", ".3g")
-        _save(breakdown_figure(breakdown), run / "breakdown")
+        save_both(breakdown_figure(breakdown), run / "breakdown")
     if len(times := table_1_times(timing)):
         _write(times, run / "table1_times", ".3g")
 
@@ -304,22 +304,6 @@ def _config(path: Path) -> dict[str, Any]:
     raise InputError(f"{path}: has no three targets, as a performance study's configuration would")
 
 
-def _read(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    try:
-        frame = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as a table: {error}") from None
-    missing = [name for name in columns if name not in frame]
-    if missing:
-        raise InputError(f"{path}: no column {missing[0]!r}")
-    return frame
-
-
 def _write(table: pd.DataFrame, stem: Path, form: str) -> None:
     write_text(stem.with_suffix(".csv"), table.to_csv(index=False, float_format="%.5g"))
     write_text(stem.with_suffix(".md"), table.to_markdown(index=False, floatfmt=form, missingval="-") + "\n")
-
-
-def _save(figure: Figure, stem: Path) -> None:
-    for suffix in (".pdf", ".png"):
-        save(figure, stem.with_suffix(suffix))

@@ -1,16 +1,15 @@
 """From a study's CSVs to its figures and tables; reads nothing else, so that results can be rendered anywhere."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kfacerr.errors import InputError
+from figures.files import note, read_table, save_both
 from kfacerr.files import write_text
 from kfacerr.metrics import METRICS
-from kfacerr.plot import error_figure, save
+from kfacerr.plot import error_figure
 
 __all__ = ["PAPER_TABLE_1", "render", "spectrum_figure", "table_1"]
 
@@ -32,13 +31,16 @@ def render(run: Path) -> None:
     Raises:
         InputError: `run` has no errors.csv, or it is not a table of errors.
     """
-    errors = _read(run / "errors.csv", ("algorithm", "k", "metric", "value", "epoch", "seed"))
-    note = _note(run, errors.seed.nunique())
-    _save(error_figure(errors, METRICS[:2], title=note), run / "figure1")
-    _save(error_figure(errors, METRICS[2:], title=note), run / "figure2")
+    errors = read_table(run / "errors.csv", ("algorithm", "k", "metric", "value", "epoch", "seed"))
+    drawn = note(run, errors.seed.nunique())
+    save_both(error_figure(errors, METRICS[:2], title=drawn), run / "figure1")
+    save_both(error_figure(errors, METRICS[2:], title=drawn), run / "figure2")
     spectra = run / "spectra.csv"
     if spectra.exists():
-        _save(spectrum_figure(_read(spectra, ("seed", "epoch", "factor", "index", "eigenvalue"))), run / "spectra")
+        save_both(
+            spectrum_figure(read_table(spectra, ("seed", "epoch", "factor", "index", "eigenvalue"))),
+            run / "spectra",
+        )
     table = table_1(errors)
     if (run / "timing.csv").exists():
         timing = pd.read_csv(run / "timing.csv").groupby("driver").t_epoch.agg(["mean", "std"])
@@ -49,16 +51,6 @@ def render(run: Path) -> None:
     write_text(run / "table1.csv", table.to_csv(index=False, float_format="%.4g"))
     shown = table.astype(object).where(table.notna(), None)  # `missingval` is for None alone
     write_text(run / "table1.md", shown.to_markdown(index=False, floatfmt=".3g", missingval="-") + "\n")
-
-
-def _note(run: Path, seeds: int) -> str:
-    """One line over a figure: the data, as config.json names them, and what is drawn."""
-    try:
-        data = json.loads((run / "config.json").read_text(encoding="utf-8"))["data"]
-    except (OSError, ValueError, KeyError, TypeError):
-        data = ""
-    drawn = f"mean of {seeds} seeds, band: their range" if seeds > 1 else ""
-    return ", ".join(filter(None, (data, drawn)))
 
 
 def table_1(errors: pd.DataFrame) -> pd.DataFrame:
@@ -102,32 +94,3 @@ def spectrum_figure(spectra: pd.DataFrame) -> Figure:
     axes[0].set_ylabel(r"$\lambda_i/\lambda_1$", fontsize=8)
     axes[0].legend(fontsize=7, frameon=False)
     return figure
-
-
-_TEXT = ("algorithm", "metric", "factor")
-
-
-def _read(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    compressed = path.with_name(path.name + ".gz")
-    if not path.exists():
-        if not compressed.exists():
-            raise InputError(f"{path}: no such file")
-        path = compressed
-    try:
-        frame = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as a table: {error}") from None
-    missing = [name for name in columns if name not in frame]
-    if missing:
-        raise InputError(f"{path}: no column {missing[0]!r}")
-    if frame.empty:
-        raise InputError(f"{path}: has no rows")
-    text = [name for name in columns if name not in _TEXT and not pd.api.types.is_numeric_dtype(frame[name])]
-    if text:
-        raise InputError(f"{path}: column {text[0]!r} is not all numbers")
-    return frame
-
-
-def _save(figure: Figure, stem: Path) -> None:
-    for suffix in (".pdf", ".png"):
-        save(figure, stem.with_suffix(suffix))

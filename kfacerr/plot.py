@@ -36,7 +36,7 @@ _STYLES = {  # Okabe-Ito colours; the line style tells them apart without colour
     "B-R-KFAC": ("#009E73", "-"),
     "B-KFAC-C": ("#E69F00", "--"),
 }
-_SPARE = [(c, s) for s in (":", (0, (3, 1, 1, 1)), (0, (5, 3))) for c, _ in _STYLES.values()]
+_SPARE = [(c, s) for s in ((0, (3, 1, 1, 1)), (0, (5, 3)), ":") for c, _ in _STYLES.values()]
 
 
 def style(algorithms: Sequence[str]) -> dict[str, tuple[str, Any]]:

@@ -131,13 +131,17 @@ class SeedRun:
             seed=seed,
         )
         self._driven = {"A": Driven(), "G": Driven()}
-        measured = {own: (self._driven["A"], self._driven["G"])} if own else algorithms(preset)
-        self.study = ErrorStudy(measured, settings, self.windows, continuations=("min", "trace"))
+        self.study = self._make_study(settings)
         self.rows: list[Row] = []
         self.spectra: list[tuple[int, str, list[float]]] = []
         self.log: list[tuple[int, float, float]] = []
         self.recording = recording
         self._writer: RecordingWriter | None = None
+
+    def _make_study(self, settings: Settings) -> ErrorStudy:
+        """What is measured, and how."""
+        measured = {self.own: (self._driven["A"], self._driven["G"])} if self.own else algorithms(self.preset)
+        return ErrorStudy(measured, settings, self.windows, continuations=("min", "trace"))
 
     @property
     def name(self) -> str:
@@ -300,6 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the study; returns the exit status: 0 (also when a limit stopped it), 2 bad input, 130 Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
+        if arguments.monitor:
+            return _monitor(arguments)
         return _run(arguments)
     except InputError as error:
         print(f"inverse_errors: {error}", file=sys.stderr)
@@ -320,6 +326,9 @@ def _parser() -> argparse.ArgumentParser:
         choices=("shared", "own"),
         default="shared",
         help="one run for all algorithms, or one for each",
+    )
+    parser.add_argument(
+        "--monitor", action="store_true", help="measure the whole training, see studies.monitor, not two windows"
     )
     parser.add_argument("--record", action="store_true", help="also write each seed's K-factor recording")
     return parser
@@ -361,6 +370,14 @@ def _run(arguments: argparse.Namespace) -> int:
     if table.exists():
         print(table.read_text(encoding="utf-8"))
     return verdict("inverse_errors", outcomes, arguments.out)
+
+
+def _monitor(arguments: argparse.Namespace) -> int:
+    from studies.monitor import run  # which builds on this module
+
+    if arguments.record or arguments.driver or arguments.trajectory == "own":
+        raise InputError("--monitor goes with none of --record, --driver and --trajectory own")
+    return run(arguments)
 
 
 def _check(arguments: argparse.Namespace, preset: Preset) -> None:

@@ -399,3 +399,47 @@ def test_own_trajectories_resume_to_the_same_tables(tmp_path, capsys):
 
 def test_a_driver_for_own_trajectories_is_refused(tmp_path, capsys):
     assert "--driver" in _fails(capsys, tmp_path / "own", "--trajectory", "own", "--driver", "sgd")
+
+
+# ------------------------------------------------------------------------------------------- whole-run monitoring
+
+
+@pytest.fixture(scope="module")
+def monitored(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("monitor") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", TINY)
+        assert _study(out, "--monitor", "--seed", "0") == 0
+    return out
+
+
+def test_monitoring_measures_every_update_of_the_training(monitored):
+    rows = pd.read_csv(monitored / "monitor.csv")
+    errors = rows[rows.metric.isin(METRICS)]
+    assert set(errors.k) == set(range(0, 60, TINY.T_updt))
+    assert set(errors.algorithm) == {*SEVEN, "B-R-KFAC adaptive=1.2", "FD"}
+    assert (errors.groupby(["algorithm", "k", "continuation"]).size() == len(METRICS)).all()
+    assert np.isfinite(errors.value).all()
+    assert {"monitor.png", "monitor.pdf", "spectrum.csv", "overhead.csv"} <= {p.name for p in monitored.iterdir()}
+    assert (pd.read_csv(monitored / "overhead.csv")[["training", "measurement"]] > 0).all(axis=None)
+
+
+def test_certified_bounds_are_never_below_the_monitored_errors(monitored):
+    rows = pd.read_csv(monitored / "monitor.csv")
+    table = rows.pivot_table(index=["algorithm", "k", "continuation"], columns="metric", values="value")
+    for side in "AG":
+        pairs = table[[f"inverse_{side}", f"certified_{side}"]].dropna()
+        assert {"B-KFAC", "B-R-KFAC", "FD"} <= set(pairs.index.get_level_values("algorithm"))
+        slack = pairs[f"certified_{side}"] - pairs[f"inverse_{side}"]
+        assert (slack >= -1e-7 * pairs[f"inverse_{side}"]).all()  # eight digits in the table
+
+
+def test_monitoring_resumes_to_the_same_tables(monitored, tmp_path):
+    out = tmp_path / "parts"
+    assert _study(out, "--monitor", "--seed", "0", "--step-limit", "33") == 0
+    assert _study(out, "--monitor", "--seed", "0", "--resume") == 0
+    assert (out / "monitor.csv").read_bytes() == (monitored / "monitor.csv").read_bytes()
+
+
+def test_monitoring_refuses_what_it_cannot_be_combined_with(tmp_path, capsys):
+    assert "--monitor" in _fails(capsys, tmp_path / "no", "--monitor", "--trajectory", "own")
