@@ -12,13 +12,13 @@ from kfacerr.plot import save
 __all__ = ["note", "read_table", "save_both"]
 
 
-def note(run: Path, seeds: int) -> str:
+def note(run: Path, seeds: int, *, band: bool = True) -> str:
     """One line over a figure: the data, as config.json names them, and what is drawn."""
     try:
         data = json.loads((run / "config.json").read_text(encoding="utf-8"))["data"]
     except (OSError, ValueError, KeyError, TypeError):
         data = ""
-    drawn = f"mean of {seeds} seeds, band: their range" if seeds > 1 else ""
+    drawn = f"mean of {seeds} seeds" + (", band: their range" if band else "") if seeds > 1 else ""
     return ", ".join(filter(None, (data, drawn)))
 
 

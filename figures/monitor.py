@@ -23,7 +23,9 @@ def render_monitor(run: Path) -> None:
     """
     errors = read_table(run / "monitor.csv", ("algorithm", "k", "metric", "value", "epoch", "seed"))
     spectra = read_table(run / "spectrum.csv", ("epoch", "factor", "above_damping", "at_r", "at_r_plus_n", "tail"))
-    figure = monitor_figure(errors[errors.continuation == "min"], spectra, note(run, errors.seed.nunique()))
+    figure = monitor_figure(
+        errors[errors.continuation == "min"], spectra, note(run, errors.seed.nunique(), band=False)
+    )
     save_both(figure, run / "monitor")
 
 
@@ -31,6 +33,8 @@ def monitor_figure(errors: pd.DataFrame, spectra: pd.DataFrame, title: str) -> F
     """Metrics (1)-(4) against the epoch, averaged over periods and seeds, bounds dotted; below, the spectra."""
     steps = errors.k.max() / max(1, errors.epoch.max())
     cycle = errors.assign(at=(errors.k // CYCLE + 0.5) * CYCLE / steps)
+    updates = cycle.groupby("at").k.transform("nunique")
+    cycle = cycle[updates == updates.max()]  # the run may end within a period
     curves = cycle.groupby(["algorithm", "metric", "at"]).value.mean()
     names = list(dict.fromkeys(errors.algorithm))
     drawn = set(errors[["algorithm", "metric"]].itertuples(index=False, name=None))

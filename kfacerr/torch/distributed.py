@@ -1,8 +1,8 @@
 """Data parallelism: one set of K-factors for all processes, and the decompositions shared out among them.
 
-With W processes, each with a loss that is a mean over its own b_i samples, DistributedDataParallel leaves the mean
-of the W gradients. Its columns are those of micro-batches (`kfacerr.torch.layers`) with G divided by W: of B samples
-in all, process i has the columns `sqrt(b_i/B) A_i` and `sqrt(B/b_i) G_i/W`, which for equal batches are
+With W processes, each with a loss that is a mean over its own b_i samples, DistributedDataParallel leaves the
+mean of the W gradients. Its columns are those of micro-batches (`kfacerr.torch.layers`) with G divided by W: of B
+samples in all, process i has the columns `sqrt(b_i/B) A_i` and `sqrt(B/b_i) G_i/W`, which for equal batches are
 `A_i/sqrt(W)` and `G_i/sqrt(W)`.
 
 Processes that read columns (Brand's) get all of them, gathered; a dense factor that only an EVD or RSVD reads gets
@@ -12,6 +12,7 @@ and the state of its generator is broadcast too. So all processes hold the same 
 good for any number of them.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,19 +73,15 @@ class Processes:
         states = []
         for i, owner in enumerate(owners):
             outline = outlines[owner][i]
-            if owner == self.rank:
-                tensors = [t.contiguous() for t in _leaves(mine[i]) if isinstance(t, Tensor)]
-            else:
-                tensors = [
-                    torch.empty(o.shape, dtype=o.dtype, device=device)
-                    for o in _leaves(outline)
-                    if isinstance(o, _Outline)
-                ]
-            for tensor in tensors:
-                dist.broadcast(tensor, src=owner)
-            rest = iter(tensors)
+            size = sum(o.bytes for o in _leaves(outline) if isinstance(o, _Outline))
+            packed = torch.empty(size, dtype=torch.uint8, device=device)
+            if owner == self.rank and size:
+                tensors = [leaf for leaf in _leaves(mine[i]) if isinstance(leaf, Tensor)]
+                torch.cat([t.reshape(-1).view(torch.uint8) for t in tensors], out=packed)
+            if size:
+                dist.broadcast(packed, src=owner)
             # The owner, too, goes on from the copy: another memory layout would round differently.
-            states.append(_map_leaves(outline, lambda o, rest=rest: next(rest) if isinstance(o, _Outline) else o))
+            states.append(_unpacked(outline, packed))
         return states
 
 
@@ -94,6 +91,25 @@ class _Outline:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _unpacked(outline: Any, packed: Tensor) -> Any:
+    """The state that `outline` describes, with the tensors whose bytes lie one after the other in `packed`."""
+    done = 0
+
+    def fill(leaf: Any) -> Any:
+        nonlocal done
+        if not isinstance(leaf, _Outline):
+            return leaf
+        part = packed[done : done + leaf.bytes].clone()  # a copy is aligned
+        done += leaf.bytes
+        return part.view(leaf.dtype).reshape(leaf.shape)
+
+    return _map_leaves(outline, fill)
 
 
 def _outline(leaf: Any) -> Any:
@@ -141,7 +157,7 @@ def update_together(
             X = team.gather(X, widths)
         else:
             # Its process reads no M_{k-1}, so that M may move on before `begin`.
-            factor.absorb_dense(team.sum(X @ X.T), team.sum((X * X).sum()))
+            factor.absorb_dense(team.sum(X @ X.T))
         if factor.due(k):
             shared.append((factor, X))
         else:

@@ -7,6 +7,7 @@ the step, which clipping and learning rate see.
 
 **Micro-batches.** With b_j samples in micro-batch j and b in all, and the gradients of the micro-batches summed,
 the columns of the full batch are `sqrt(b_j/b) A_j` and `sqrt(b/b_j) G_j`, side by side: (20) holds for the sum.
+Several processes: see `kfacerr.torch.distributed`.
 """
 
 import math
@@ -21,11 +22,14 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..inverse import DampedInverse, damped_inverse
 from ..process import EAFactor, Estimate, Process
+from ..processes import Evd, Rsvd
 from ..stream import Columns
 from .hooks import ColumnHooks
+from .linear import FactoredLinear, FactoredParameter, forget, formed, has_gradient, held
 from .policy import Choice, FactorInfo, HyperParameters, LayerPolicy, choice_of_side, falls_back, make, tune
+from .product import Product
 
-__all__ = ["FALLBACK", "Factor", "Layer", "MicroBatch"]
+__all__ = ["FALLBACK", "Factor", "Layer", "MicroBatch", "Tally"]
 
 FALLBACK = "R-KFAC"
 """What a factor with r + n >= d gets in place of a Brand process."""
@@ -52,43 +56,52 @@ class MicroBatch(NamedTuple):
         return self.columns.A.shape[1] / max(self.batch, 1)
 
 
-def gradient_columns(parts: Sequence[MicroBatch]) -> Columns:
-    """A (d_A, n), G (d_G, n) with `G A^T` the gradient of all micro-batches together."""
-    if len(parts) == 1:
-        return parts[0].columns
-    shares = _shares(parts)
-    return Columns(
-        torch.cat([part.columns.A * s for part, s in zip(parts, shares, strict=True)], dim=1),
-        torch.cat([part.columns.G / s for part, s in zip(parts, shares, strict=True)], dim=1),
-    )
+class Tally(NamedTuple):
+    """What all processes together have of a layer for the coming step.
+
+    Attributes:
+        batch: b, samples of all micro-batches of all processes.
+        widths: columns of each process.
+        double: whether any has columns in float64.
+    """
+
+    batch: int
+    widths: tuple[int, ...]
+    double: bool
+
+    @property
+    def n(self) -> int:
+        return sum(self.widths)
 
 
-def factor_columns(parts: Sequence[MicroBatch], *, sampled: bool) -> Columns:
-    """A (d_A, n), G (d_G, n) with `A A^T` = Omega and `G G^T` = Gamma of the full batch: what processes see.
+def gradient_columns(parts: Sequence[MicroBatch], tally: Tally) -> Columns:
+    """A (d_A, n), G (d_G, n), this process's columns of the step's gradient `G A^T`."""
+    W = len(tally.widths)
+    shares = _shares(parts, tally)
+    return _side_by_side(parts, shares, [1 / (share * W) for share in shares])
+
+
+def factor_columns(parts: Sequence[MicroBatch], tally: Tally, *, sampled: bool) -> Columns:
+    """A (d_A, n), G (d_G, n), this process's columns of `A A^T` = Omega and `G G^T` = Gamma: what processes see.
 
     With sampled labels each micro-batch has a mean loss of its own, not a part of the whole one.
     """
+    W = len(tally.widths)
+    shares = _shares(parts, tally)
+    scales = [share if sampled else 1 / (share * W) for share in shares]
     weights = [1 / math.sqrt(part.positions or 1) for part in parts]
-    if len(parts) == 1:
-        A, G = parts[0].columns
-        return Columns(A, G if weights[0] == 1 else G * weights[0])
-    shares = _shares(parts)
-    return Columns(
-        torch.cat([part.columns.A * s for part, s in zip(parts, shares, strict=True)], dim=1),
-        torch.cat(
-            [
-                part.columns.G * (w * (s if sampled else 1 / s))
-                for part, s, w in zip(parts, shares, weights, strict=True)
-            ],
-            dim=1,
-        ),
-    )
+    return _side_by_side(parts, shares, [w * s for w, s in zip(weights, scales, strict=True)])
 
 
-def _shares(parts: Sequence[MicroBatch]) -> list[float]:
+def _side_by_side(parts: Sequence[MicroBatch], for_A: Sequence[float], for_G: Sequence[float]) -> Columns:
+    A = [part.columns.A if s == 1 else part.columns.A * s for part, s in zip(parts, for_A, strict=True)]
+    G = [part.columns.G if s == 1 else part.columns.G * s for part, s in zip(parts, for_G, strict=True)]
+    return Columns(A[0], G[0]) if len(parts) == 1 else Columns(torch.cat(A, dim=1), torch.cat(G, dim=1))
+
+
+def _shares(parts: Sequence[MicroBatch], tally: Tally) -> list[float]:
     """sqrt(b_j/b)."""
-    total = sum(part.batch for part in parts)
-    return [math.sqrt(max(part.batch, 1) / max(total, 1)) for part in parts]
+    return [math.sqrt(max(part.batch, 1) / max(tally.batch, 1)) for part in parts]
 
 
 class Factor:
@@ -108,6 +121,7 @@ class Factor:
         self._inverse: DampedInverse | None = None
         self._made_from: tuple[Estimate, float] | None = None
         self._lambda_max = 0.0
+        self._absorbed = False
 
     def update(self, k: int, X: Tensor, hyper: HyperParameters) -> None:
         """Step k of (8) and of the process with columns X (d, n), finite; see `kfacerr.processes`.
@@ -115,12 +129,67 @@ class Factor:
         A failed decomposition is tried again in float64. If that fails too the process stays as it was, with a
         warning, and its next update tries anew.
         """
+        self.tune(hyper)
+        self.advance(k, X)
+
+    # What `update` is made of, for several processes.
+
+    def tune(self, hyper: HyperParameters) -> None:
+        """This step's hyper-parameters."""
         tune(self.process, self.choice, hyper)
-        self._guarded(k, X, lambda x, ea: self.process.begin(k, ea))
         if self.ea is not None:
             self.ea.rho = hyper.rho
-            self.ea.update(X)
+
+    def advance(self, k: int, X: Tensor) -> None:
+        """`update` after `tune` and, if it was called, `absorb_dense`."""
+        absorbed, self._absorbed = self._absorbed, False
+        self._guarded(k, X, lambda x, ea: self.process.begin(k, ea))
+        if not absorbed:
+            self.absorb(X)
         self._guarded(k, X, lambda x, ea: self.process.update(k, x, ea))
+
+    def absorb(self, X: Tensor) -> None:
+        """(8) with columns X."""
+        if self.ea is not None:
+            self.ea.update(X)
+
+    def absorb_dense(self, M: Tensor) -> None:
+        """(8) with M = X X^T."""
+        assert self.ea is not None
+        trace = M.diagonal().sum()
+        if self.ea.M is None:
+            self.ea.M, self.ea.trace = M, trace
+        else:
+            self.ea.M.mul_(self.ea.rho).add_(M, alpha=1 - self.ea.rho)
+            self.ea.trace = self.ea.rho * self.ea.trace + (1 - self.ea.rho) * trace
+        self._absorbed = True
+
+    @property
+    def reads_columns(self) -> bool:
+        """Whether the process reads columns, or `begin` reads M_{k-1}; if not, M_k is all it needs."""
+        return type(self.process) not in (Evd, Rsvd) or self._adaptive
+
+    @property
+    def _adaptive(self) -> bool:
+        return bool(getattr(self.process, "adaptive", 0))
+
+    def due(self, k: int) -> bool:
+        """Whether the update of step k may decompose anything."""
+        clocks = self.process.clocks().values()
+        keeps_own_time = self._adaptive or not clocks or self.process.estimate is None
+        return keeps_own_time or any(clock.coming(k) for clock in clocks)
+
+    @property
+    def cost(self) -> float:
+        """Of a decomposition, about, in multiply-adds."""
+        d, rank = self.info.d, getattr(self.process, "rank", None)
+        if rank is None:
+            return float(d) ** 3
+        sketch = getattr(self.process, "sketch", None)
+        cost = 0.0 if isinstance(self.process, Rsvd) else float(d) * (rank + self.info.n) ** 2
+        if sketch is not None:
+            cost += float(d) ** 2 * (rank + sketch.oversampling) * (sketch.n_pwr_it + 2)
+        return min(cost, float(d) ** 3)
 
     def _guarded(self, k: int, X: Tensor, call: Callable[[Tensor, EAFactor | None], None]) -> None:
         before = self.process.estimate
@@ -209,6 +278,7 @@ class Layer:
         parts: what the micro-batches of the coming step left.
         factors: of sides "A" and "G"; empty until the first columns.
         linear: whether Algorithm 8 applies; None until the first columns, which tell n.
+        asked: whether it was asked for, so that `linear` is no plain False.
     """
 
     def __init__(self, model: nn.Module, name: str, module: nn.Module, policy: LayerPolicy, bias: bool) -> None:
@@ -220,6 +290,12 @@ class Layer:
         self.parts: list[MicroBatch] = []
         self.factors: dict[str, Factor] = {}
         self.linear: bool | None = False
+        self.asked = False
+        self.loss_scale = 1.0  # in gradients held as factors
+
+    def ask_linear(self) -> None:
+        """Algorithm 8, if n is small enough."""
+        self.linear, self.asked = None, True
 
     @property
     def weight(self) -> nn.Parameter:
@@ -244,25 +320,42 @@ class Layer:
         self.parts.append(MicroBatch(columns, *pending))
 
     def discard(self) -> None:
-        """Drops the columns of all complete backwards."""
+        """Drops the columns of all complete backwards, and gradients that are held as factors."""
         self.parts.clear()
+        forget(self.parameters)
         if self.hooks.pending():
             self.hooks.forget()
 
     # ------------------------------------------------------------------------------------------ K-factors
 
-    def update(
-        self, k: int, columns: Columns, hyper: HyperParameters, *, accumulate: bool, seed: int
-    ) -> list[Factor]:
-        """Step k of both factors; returns the factors it made, on the first one."""
-        made: list[Factor] = []
-        if not self.factors:
-            for side, X in zip("AG", columns, strict=True):
-                self._make(FactorInfo(self.name, side, *X.shape), hyper, accumulate=accumulate, seed=seed)
-            made = list(self.factors.values())
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """d_A, d_G."""
+        return self.weight[0].numel() + len(self.parameters) - 1, self.weight.shape[0]
+
+    def gradient_columns(self, tally: Tally) -> Columns:
+        return gradient_columns(self.parts, tally) if self.parts else self._no_columns(tally)
+
+    def factor_columns(self, tally: Tally, *, sampled: bool) -> Columns:
+        return factor_columns(self.parts, tally, sampled=sampled) if self.parts else self._no_columns(tally)
+
+    def _no_columns(self, tally: Tally) -> Columns:
+        dtype = torch.float64 if tally.double else torch.float32
+        A, G = (torch.zeros(d, 0, dtype=dtype, device=self.weight.device) for d in self.dimensions)
+        return Columns(A, G)
+
+    def make_factors(self, n: int, hyper: HyperParameters, *, accumulate: bool, seed: int) -> list[Factor]:
+        """Makes the factors at their first columns, n of them; returns those it made."""
+        if self.factors:
+            return []
+        for side, d in zip("AG", self.dimensions, strict=True):
+            self._make(FactorInfo(self.name, side, d, n), hyper, accumulate=accumulate, seed=seed)
+        return list(self.factors.values())
+
+    def update(self, k: int, columns: Columns, hyper: HyperParameters) -> None:
+        """Step k of both factors."""
         for side, X in zip("AG", columns, strict=True):
             self.factors[side].update(k, X, hyper)
-        return made
 
     def _make(self, info: FactorInfo, hyper: HyperParameters, *, accumulate: bool, seed: int) -> Factor:
         choice = choice_of_side(self.policy, info.side)
@@ -279,8 +372,29 @@ class Layer:
 
     # ------------------------------------------------------------------------------------------- gradient
 
+    @property
+    def has_gradient(self) -> bool:
+        return has_gradient(self.weight)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the gradient is there as factors and nothing of it formed."""
+        return all(held(p) and formed(p) is None for p in self.parameters)
+
+    @property
+    def keeps_factors(self) -> bool:
+        """Whether the layer is a drop-in whose backward may leave the factors alone."""
+        return isinstance(self.module, FactoredLinear)
+
+    def form(self) -> None:
+        """Forms what is held of the gradient, unscaled."""
+        for p in self.parameters:
+            if isinstance(p, FactoredParameter):
+                p.form(self.loss_scale)
+
     def gradient(self) -> Tensor:
         """Mat(g) (d_G, d_A) in at least float32: [weight.grad.flatten(1), bias.grad]."""
+        self.form()
         assert self.weight.grad is not None
         J = self.weight.grad.flatten(1)
         J = J.to(torch.promote_types(J.dtype, torch.float32))
@@ -290,28 +404,35 @@ class Layer:
         column = J.new_zeros(J.shape[0], 1) if bias is None else bias.to(J.dtype)[:, None]
         return torch.cat([J, column], dim=1)
 
-    def split(self, S: Tensor) -> dict[nn.Parameter, Tensor]:
-        """A step S (d_G, d_A) by parameter."""
+    def split(self, S: Tensor | Product) -> dict[nn.Parameter, Tensor | Product]:
+        """A step S (d_G, d_A) by parameter; the weight's part of a product stays one."""
         weight = self.weight
         width = weight[0].numel()
-        pieces = {weight: S[:, :width].reshape(weight.shape)}
-        if len(self.parameters) == 2 and self.parameters[1].grad is not None:
-            pieces[self.parameters[1]] = S[:, width]
+        with_bias = len(self.parameters) == 2 and has_gradient(self.parameters[1])
+        pieces: dict[nn.Parameter, Tensor | Product]
+        if isinstance(S, Product):
+            pieces = {weight: Product(S.P, S.Q[:width])}
+            last = S.P @ S.Q[width] if with_bias else None
+        else:
+            pieces = {weight: S[:, :width].reshape(weight.shape)}
+            last = S[:, width] if with_bias else None
+        if last is not None:
+            pieces[self.parameters[1]] = last
         return pieces
 
     def differs_from_columns(self, columns: Columns, dtype: torch.dtype) -> Tensor:
         """Whether .grad is not `G A^T`, a 0-d boolean: one product of each with a fixed vector of signs.
 
         Rounding is allowed for; a change of less than 1e-3 (5e-2 after a backward in half precision) is not seen.
+        A gradient that is held as factors is not formed for it.
         """
         A, G = columns
         signs = torch.randint(2, (A.shape[0],), generator=torch.Generator().manual_seed(0))
         v = (2 * signs - 1).to(A)
-        assert self.weight.grad is not None
-        J = self.weight.grad.flatten(1).to(A.dtype)
-        have = J @ v[: J.shape[1]]
-        if len(self.parameters) == 2 and self.parameters[1].grad is not None:
-            have = have + self.parameters[1].grad.to(A.dtype) * v[-1]
+        width = self.weight[0].numel()
+        have = self._times(self.weight, v[:width])
+        if len(self.parameters) == 2:
+            have = have + self._times(self.parameters[1], v[-1])
         w = A.T @ v
         want = G @ w
         relative, units = (1e-3, 16) if dtype in (torch.float32, torch.float64) else (5e-2, 2)
@@ -319,11 +440,22 @@ class Layer:
         noise = units * torch.finfo(dtype).eps * norm(G) * norm(w)
         return norm(have - want) > relative * norm(want) + noise
 
+    def _times(self, p: nn.Parameter, v: Tensor) -> Tensor:
+        """A parameter's gradient times v (d_in,), or the scalar v for a bias."""
+        there = formed(p)
+        total = v.new_zeros(len(p))
+        if there is not None:
+            total = there.to(v.dtype) * v if p.ndim == 1 else there.flatten(1).to(v.dtype) @ v
+        for share in held(p):
+            total = total + share.times(v) / self.loss_scale
+        return total
+
     # ---------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "linear": self.linear,
+            "asked": self.asked,
             "factors": {side: factor.state_dict() for side, factor in self.factors.items()},
         }
 
@@ -335,7 +467,8 @@ class Layer:
         Raises:
             InputError: the state is of another process or another size.
         """
-        self.linear = state["linear"] if self.linear is not False else False
+        if self.asked and state.get("asked", state["linear"] is not False):
+            self.linear = state["linear"]
         self.factors.clear()
         for side, saved in state["factors"].items():
             info = FactorInfo(self.name, side, saved["d"], saved["n"])

@@ -26,7 +26,7 @@ from ..errors import InputError
 __all__ = ["FactoredLinear", "FactoredParameter", "factored"]
 
 Model = TypeVar("Model", bound=nn.Module)
-_grad = torch.Tensor.grad  # the slot that autograd and the property below share
+_grad: Any = torch.Tensor.grad  # the slot that autograd and the property below share
 
 
 class Share(NamedTuple):
@@ -67,14 +67,14 @@ class FactoredParameter(nn.Parameter):
     _shares: tuple[Share, ...] = ()
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:
         self.form()
         return formed(self)
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         self._shares = ()
-        _grad.__set__(self, value)  # type: ignore[attr-defined]
+        _grad.__set__(self, value)
 
     @grad.deleter
     def grad(self) -> None:
@@ -91,7 +91,7 @@ class FactoredParameter(nn.Parameter):
                 J /= loss_scale
             there = formed(self)
             if there is None:
-                _grad.__set__(self, J)  # type: ignore[attr-defined]
+                _grad.__set__(self, J)
             else:
                 there += J
 
@@ -106,7 +106,7 @@ def held(p: Tensor) -> tuple[Share, ...]:
 
 def formed(p: Tensor) -> Tensor | None:
     """The part of a parameter's gradient that is formed; unlike `.grad`, this forms nothing."""
-    return cast(Tensor | None, _grad.__get__(p))  # type: ignore[attr-defined]
+    return cast(Tensor | None, _grad.__get__(p))
 
 
 def has_gradient(p: Tensor) -> bool:
@@ -157,7 +157,7 @@ def _node(ctx: Any, index: int) -> Any:
 def _wanted(ctx: Any, index: int) -> bool:
     """Whether the running backward has a use for this input's gradient."""
     try:
-        return torch._C._will_engine_execute_node(_node(ctx, index))  # type: ignore[attr-defined, no-any-return]
+        return torch._C._will_engine_execute_node(_node(ctx, index))
     except RuntimeError:  # so it answers for a leaf that autograd.grad asks for
         return True
 
@@ -165,10 +165,10 @@ def _wanted(ctx: Any, index: int) -> bool:
 def _deferred(ctx: Any, index: int, share: Share) -> bool:
     """Leaves the gradient in its factors, if it may and this saves memory."""
     p: FactoredParameter = ctx.parameters[index - 1]
-    if torch.is_grad_enabled() or p._backward_hooks or p._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+    if torch.is_grad_enabled() or p._backward_hooks or p._post_accumulate_grad_hooks:
         return False
     try:
-        torch._C._will_engine_execute_node(_node(ctx, index))  # type: ignore[attr-defined]
+        torch._C._will_engine_execute_node(_node(ctx, index))
     except RuntimeError:
         return False  # autograd.grad hands it out and accumulates nothing
     if share.x is None:

@@ -24,17 +24,21 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..inverse import CONTINUATIONS, DampedInverse, precondition, precondition_linear
 from ..stream import Columns
+from .distributed import Processes, update_together
 from .hooks import ColumnHooks, _Hook, _unfollowable
-from .layers import FALLBACK, Layer, factor_columns, gradient_columns, map_tensors
+from .layers import FALLBACK, Factor, Layer, Tally, map_tensors
 from .likelihoods import LIKELIHOODS
+from .linear import forget, formed, held
 from .policy import PRESETS, SGD, HyperParameters, LayerPolicy, Schedules, check_policy
 from .precision import full_precision
+from .product import Product
 
 __all__ = ["KFAC"]
 
 logger = logging.getLogger(__name__)
 
 _GROUP_DEFAULTS = ("momentum", "weight_decay", "clip")
+Step = Tensor | Product
 Scheduled = float | Callable[[int], float]
 
 
@@ -54,11 +58,19 @@ class KFAC(torch.optim.Optimizer):
     `k` stay as they are. Factors are float32 (float64 for float64 models) with TF32 and autocast off, whatever the
     model's precision.
 
+    Several processes: with torch.distributed initialised, the model wrapped in DistributedDataParallel, and a loss
+    that is a mean over each process's own batch, all keep one set of factors and take the step of one process with
+    all their batches; see `kfacerr.torch.distributed`. Layer names, and so checkpoints, are those of the model
+    inside. Every process makes an optimizer with the same arguments, and calls the same steps.
+
+    A `FactoredLinear` (`kfacerr.torch.factored`) gets Algorithm 8 without being asked to, and its gradient is not
+    formed unless something reads .grad. The step uses it up: after it .grad is None.
+
     Scaling: batch means as in §2, convolutions as in Grosse & Martens (2016), see `kfacerr.torch.layers`. The loss
     must be a mean over the batch. Damping (§6): lam = phi_lambda * lambda_max of the factor's own representation.
 
     Args:
-        model: the network, called as `model(...)`.
+        model: the network, called as `model(...)`, or its DistributedDataParallel.
         algorithm: a preset by the paper's name: "K-FAC", "R-KFAC", "SRE-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C".
             The B- presets use theirs on the first fully connected layer and R-KFAC on all others (§3.5). A factor
             with r + n >= d gets R-KFAC in its place.
@@ -82,13 +94,15 @@ class KFAC(torch.optim.Optimizer):
         linear_application: Algorithm 8, True for every layer with n < min(d_A, d_G), or the names of some. The
             step is then made from this step's columns and not from .grad. A step where the two differ, because
             the gradient was clipped or changed otherwise, or has parts from elsewhere (a penalty in the loss), is
-            taken by Algorithm 1, and the log says so once. .grad is formed all the same.
+            taken by Algorithm 1, and the log says so once. .grad is formed all the same, but for a FactoredLinear.
         fisher: "empirical" or "sampled"; see `sample_fisher`.
         loss_scale: what the loss is multiplied with before `backward()`, while .grad is unscaled before `step()`;
             for a GradScaler pass `scaler.get_scale`.
         skip_nonfinite: look at every step for NaN and Inf, which makes the host wait for the device. Without it,
             only steps that update factors are looked at; GradScaler looks at them all anyway.
         seed: of the RSVD's sketches, the corrections' choices and the sampled labels.
+        data_parallel: whether the processes of torch.distributed, if it is initialised, train one model; False if
+            each trains its own.
 
     Attributes:
         k: number of steps taken.
@@ -98,6 +112,8 @@ class KFAC(torch.optim.Optimizer):
     Raises:
         InputError: an unknown preset, layer, process or option, or a value out of range.
     """
+
+    _agreed = False  # whether the processes' gradients were seen to be the same
 
     def __init__(
         self,
@@ -130,6 +146,7 @@ class KFAC(torch.optim.Optimizer):
         loss_scale: float | Callable[[], float] = 1.0,
         skip_nonfinite: bool = True,
         seed: int = 0,
+        data_parallel: bool = True,
     ) -> None:
         _check_choice("algorithm", algorithm, PRESETS)
         _check_choice("continuation", continuation, CONTINUATIONS)
@@ -144,8 +161,8 @@ class KFAC(torch.optim.Optimizer):
             raise InputError(f"lr must not be negative, got {lr}")
         if steps_per_epoch is not None and steps_per_epoch < 1:
             raise InputError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise InputError("KFAC does not yet share its factors between processes: use one process")
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module  # its forward calls this, hooks and all
         self.model = model
         self.algorithm = algorithm
         self.policy = dict(policy or {})
@@ -173,6 +190,7 @@ class KFAC(torch.optim.Optimizer):
         self.loss_scale = loss_scale
         self.skip_nonfinite = skip_nonfinite
         self.seed = seed
+        self.data_parallel = data_parallel
         self.k = 0
         self.layers: dict[str, Layer] = {}
         self._epoch: int | None = None
@@ -251,8 +269,15 @@ class KFAC(torch.optim.Optimizer):
                 self._say(f"plain {name}", f"layer {name!r} {plain[0]}: plain SGD", plain[1])
                 continue
             layer = Layer(self.model, name, module, policy, bias=module._parameters.get("bias") in mine)
-            if self.linear_application is True or name in _names(self.linear_application):
-                layer.linear = None
+            named = self.linear_application is True or name in _names(self.linear_application)
+            if named or (layer.keeps_factors and self.fisher == "empirical"):
+                layer.ask_linear()
+            elif layer.keeps_factors:
+                self._say(
+                    f"sampled {name}",
+                    f"layer {name!r}: fisher='sampled', where G A^T is not the gradient: Algorithm 1, and the "
+                    "FactoredLinear's gradient is formed",
+                )
             self.layers[name] = layer
             self._open.append(layer.hooks)
         for name in _names(self.linear_application):
@@ -283,7 +308,7 @@ class KFAC(torch.optim.Optimizer):
         """Before a forward: takes the columns of an earlier micro-batch of the same step."""
         if not torch.is_grad_enabled():
             return
-        if all(layer.weight.grad is None for layer in self.layers.values()):
+        if not any(layer.has_gradient for layer in self.layers.values()):
             self._discard()  # the gradients they belonged to are gone
         else:
             self._collect()
@@ -291,8 +316,9 @@ class KFAC(torch.optim.Optimizer):
 
     def _collect(self) -> None:
         for layer in self.layers.values():
+            layer.loss_scale = self._loss_scale()
             if self.fisher == "empirical":
-                layer.collect(self._loss_scale())
+                layer.collect(layer.loss_scale)
             elif layer.hooks.pending():
                 layer.hooks.forget()  # of the true labels
 
@@ -306,8 +332,10 @@ class KFAC(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As for any optimizer; drops the columns of the gradients it clears."""
-        super().zero_grad(set_to_none)
         self._discard()
+        for group in self.param_groups:
+            forget(group["params"])  # before they are read, which would form them
+        super().zero_grad(set_to_none)
 
     def sample_fisher(
         self, output: Tensor, likelihood: str | Callable[[Tensor, torch.Generator], Tensor] = "categorical"
@@ -332,7 +360,9 @@ class KFAC(torch.optim.Optimizer):
             likelihood = LIKELIHOODS[likelihood]
         if self.k % self.hyper.T_updt:
             return
-        seeds = np.random.SeedSequence([self.seed, self.k, self._samples])
+        team = Processes(self.data_parallel)
+        own = [] if team.size == 1 else [team.rank]  # each process has samples of its own to draw for
+        seeds = np.random.SeedSequence([self.seed, self.k, self._samples, *own])
         generator = torch.Generator(output.device).manual_seed(int(seeds.generate_state(1)[0]))
         self._samples += 1
         scale = self._loss_scale()  # keeps a half-precision backward in range
@@ -375,25 +405,19 @@ class KFAC(torch.optim.Optimizer):
 
     def _step(self, hyper: HyperParameters) -> bool:
         """Whether the step was taken, and not skipped for NaN or Inf."""
+        team = Processes(self.data_parallel)
         updating = self.k % hyper.T_updt == 0
-        active = [layer for layer in self.layers.values() if layer.weight.grad is not None]
-        columns = self._columns(active) if updating else {}
-        by_columns = {}
-        for layer in active:
-            if layer.linear is not False and layer.parts:
-                pair = gradient_columns(layer.parts)
-                if layer.linear is None:
-                    named = layer.name in _names(self.linear_application)
-                    layer.linear = named or pair.A.shape[1] < min(pair.A.shape[0], pair.G.shape[0])
-                if layer.linear:
-                    by_columns[layer.name] = pair
-        if not self._look(updating, columns, by_columns):
+        tallies = {}
+        if self.layers and (updating or any(layer.linear is not False for layer in self.layers.values())):
+            tallies = self._tallies(team)
+        active = [layer for layer in self.layers.values() if layer.has_gradient]
+        columns = self._columns(active, tallies) if updating else {}
+        by_columns = self._gradient_columns(active, tallies, team)
+        if not self._look(updating, columns, by_columns, team):
             self._say("skip", f"step {self.k}: NaN or Inf in the gradients or columns, the step is skipped")
             return False
-        for layer in active:
-            if layer.name in columns:
-                layer.parts.clear()  # those of convolutions are large
-                self._update(layer, columns.pop(layer.name), hyper)
+        if updating:
+            self._update(active, columns, tallies, hyper, team)
         for group, scheduled in zip(self.param_groups, self._group_schedules, strict=True):
             if scheduled:
                 group.update({name: schedule(self.epoch) for name, schedule in scheduled.items()})
@@ -401,12 +425,62 @@ class KFAC(torch.optim.Optimizer):
         self._apply(active, by_columns, hyper)
         return True
 
-    def _columns(self, active: Sequence[Layer]) -> dict[str, Columns]:
-        """What the factors take in this step, by layer. Under data parallelism the ranks' columns meet here."""
+    def _tallies(self, team: Processes) -> dict[str, Tally]:
+        """What all processes have of each layer.
+
+        Raises:
+            InputError: the processes' gradients are not the same.
+        """
+        layers = list(self.layers.values())
+        counts = [
+            (
+                layer.has_gradient,
+                sum(part.batch for part in layer.parts),
+                sum(part.columns.A.shape[1] for part in layer.parts),
+                any(torch.float64 in (X.dtype for X in part.columns) for part in layer.parts),
+            )
+            for layer in layers
+        ]
+        if team.size > 1:
+            table = torch.tensor(counts, dtype=torch.int64, device=layers[0].weight.device)
+            everyone = team.each(table).tolist()
+        else:
+            everyone = [counts]
+        tallies = {}
+        for layer, rows in zip(layers, zip(*everyone, strict=True), strict=True):
+            has, batches, widths, double = zip(*rows, strict=True)
+            if len(set(map(bool, has))) > 1:
+                raise InputError(
+                    f"layer {layer.name!r}, step {self.k}: a gradient on some of the processes only; wrap the "
+                    "model in DistributedDataParallel, or pass data_parallel=False"
+                )
+            tallies[layer.name] = Tally(sum(batches), tuple(widths), any(double))
+        if team.size > 1 and not self._agreed:
+            self._check_agreement(team, layers)
+        return tallies
+
+    def _check_agreement(self, team: Processes, layers: Sequence[Layer]) -> None:
+        """Once: whether somebody averages the gradients."""
+        norms = [torch.linalg.vector_norm(g.double()) for layer in layers if (g := layer.weight.grad) is not None]
+        if not norms:
+            return
+        totals = team.each(torch.stack(norms).sum())
+        if not totals.isfinite().all():
+            return
+        if (totals.max() - totals.min()).item() > 1e-4 * totals.max().item():
+            raise InputError(
+                f"step {self.k}: the processes' gradients differ; wrap the model in DistributedDataParallel, or "
+                "pass data_parallel=False if each process trains its own"
+            )
+        self._agreed = True
+
+    def _columns(self, active: Sequence[Layer], tallies: Mapping[str, Tally]) -> dict[str, Columns]:
+        """This process's share of what the factors take in this step, by layer."""
         columns = {}
         for layer in active:
-            if layer.parts:
-                columns[layer.name] = factor_columns(layer.parts, sampled=self.fisher == "sampled")
+            tally = tallies[layer.name]
+            if tally.n:
+                columns[layer.name] = layer.factor_columns(tally, sampled=self.fisher == "sampled")
             elif self.fisher == "sampled":
                 raise InputError(
                     f"layer {layer.name!r}, step {self.k}: no sampled labels; call sample_fisher(output) between "
@@ -420,29 +494,63 @@ class KFAC(torch.optim.Optimizer):
                 )
         return columns
 
-    def _look(self, updating: bool, columns: Mapping[str, Columns], by_columns: dict[str, Columns]) -> bool:
+    def _gradient_columns(
+        self, active: Sequence[Layer], tallies: Mapping[str, Tally], team: Processes
+    ) -> dict[str, Columns]:
+        """All processes' columns of the gradients that Algorithm 8 is to precondition."""
+        by_columns = {}
+        for layer in active:
+            if layer.linear is False or not (tally := tallies[layer.name]).n:
+                continue
+            if layer.linear is None:
+                layer.linear = layer.name in _names(self.linear_application) or tally.n < min(layer.dimensions)
+            if layer.linear:
+                A, G = layer.gradient_columns(tally)
+                by_columns[layer.name] = Columns(team.gather(A, tally.widths), team.gather(G, tally.widths))
+                if layer.keeps_factors and not layer.is_held:
+                    self._say(
+                        f"formed {layer.name}",
+                        f"layer {layer.name!r}, step {self.k}: the FactoredLinear's gradient was formed before "
+                        "the step (its factors are no smaller, or something read .grad)",
+                        logging.INFO,
+                    )
+        return by_columns
+
+    def _look(
+        self, updating: bool, columns: Mapping[str, Columns], by_columns: dict[str, Columns], team: Processes
+    ) -> bool:
         """Whether all is finite; takes out of `by_columns` the layers where Algorithm 8 cannot apply.
 
-        One wait for the device in all. The norm of the columns overflows where their factor would.
+        One wait for the device in all. The norm of the columns overflows where their factor would. All processes
+        come to the same answer.
         """
-        flags: list[Tensor] = []
-        if updating or self.skip_nonfinite:
-            grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-            dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
-            flags += [torch.linalg.vector_norm(g, float("inf")).isfinite() for g in dense if g.numel()]
+        finite: list[Tensor] = []
+        looking = updating or self.skip_nonfinite
+        if looking:
+            for p in (p for group in self.param_groups for p in group["params"]):
+                if (g := formed(p)) is not None and g.numel():
+                    g = g.coalesce().values() if g.is_sparse else g
+                    finite.append(torch.linalg.vector_norm(g, float("inf")).isfinite())
+                for share in held(p):
+                    parts = (share.grad,) if share.x is None else (share.grad, share.x)
+                    finite += [torch.linalg.vector_norm(X, float("inf")).isfinite() for X in parts if X.numel()]
             for pair in columns.values():
-                flags += [(torch.linalg.vector_norm(X) ** 2).isfinite() for X in pair]
-        count = len(flags)
+                finite += [(torch.linalg.vector_norm(X) ** 2).isfinite() for X in pair]
+        differs = []
         for name, pair in by_columns.items():
-            flags.append(self.layers[name].differs_from_columns(pair, self.layers[name].parts[0].dtype))
-        if not flags:
+            layer = self.layers[name]
+            precision = layer.parts[0].dtype if layer.parts else torch.float32
+            differs.append(layer.differs_from_columns(pair, precision))
+        if not looking and not differs:
             return True
-        home = flags[0].device
-        values = torch.stack([flag.to(home) for flag in flags]).tolist()
-        if not all(values[:count]):
+        home = next(iter(self.layers.values())).weight.device if self.layers else None
+        bad = [~torch.stack([flag.to(home or flag.device) for flag in finite]).all()] if finite else []
+        bad = bad or [torch.zeros((), dtype=torch.bool, device=home)]
+        skip, *values = team.any(torch.stack([flag.to(bad[0].device) for flag in (*bad, *differs)]))
+        if skip:
             return False
-        for name, differs in zip(list(by_columns), values[count:], strict=True):
-            if differs:
+        for name, differ in zip(list(by_columns), values, strict=True):
+            if differ:
                 del by_columns[name]
                 self._say(
                     f"differs {name}",
@@ -451,18 +559,41 @@ class KFAC(torch.optim.Optimizer):
                 )
         return True
 
-    def _update(self, layer: Layer, columns: Columns, hyper: HyperParameters) -> None:
+    def _update(
+        self,
+        active: Sequence[Layer],
+        columns: dict[str, Columns],
+        tallies: Mapping[str, Tally],
+        hyper: HyperParameters,
+        team: Processes,
+    ) -> None:
         """Lines 5, 9 and 12-13 of Algorithm 1, or what Algorithms 4, 5 and 7 put in their place."""
-        for factor in layer.update(self.k, columns, hyper, accumulate=self.accumulate, seed=self.seed):
-            if factor.fell_back:
-                info = factor.info
-                self._say(
-                    f"rank {layer.name} {info.side}",
-                    f"layer {layer.name!r}, factor {info.side}: r + n >= d ({hyper.rank} + {info.n} >= {info.d}), "
-                    f"{FALLBACK} in place of Brand's update",
-                )
+        work: list[tuple[Factor, Tensor, Sequence[int]]] = []
+        for layer in active:
+            if layer.name not in columns:
+                continue
+            tally = tallies[layer.name]
+            for factor in layer.make_factors(tally.n, hyper, accumulate=self.accumulate, seed=self.seed):
+                self._say_fallback(factor, hyper)
+            layer.parts.clear()  # those of convolutions are large
+            pair = columns.pop(layer.name)
+            if team.size == 1:
+                layer.update(self.k, pair, hyper)
+            else:
+                work += [(layer.factors[side], X, tally.widths) for side, X in zip("AG", pair, strict=True)]
+        if work:
+            update_together(team, self.k, work, hyper)
 
-    def _precondition(self, layer: Layer, columns: Columns | None, hyper: HyperParameters) -> Tensor:
+    def _say_fallback(self, factor: Factor, hyper: HyperParameters) -> None:
+        info = factor.info
+        if factor.fell_back:
+            self._say(
+                f"rank {info.layer} {info.side}",
+                f"layer {info.layer!r}, factor {info.side}: r + n >= d ({hyper.rank} + {info.n} >= {info.d}), "
+                f"{FALLBACK} in place of Brand's update",
+            )
+
+    def _precondition(self, layer: Layer, columns: Columns | None, hyper: HyperParameters) -> Step:
         """S (d_G, d_A), by Algorithm 8 where there are columns, else by Algorithm 1 l.15-18."""
         inverses = layer.inverses(hyper.phi_lambda, self.continuation)
         if inverses is None:
@@ -471,23 +602,22 @@ class KFAC(torch.optim.Optimizer):
             return layer.gradient().clone()
         G, A = inverses
         if columns is not None:
-            P, Q = precondition_linear(columns.G, columns.A, G, A)
-            return P @ Q.T
+            return Product(*precondition_linear(columns.G, columns.A, G, A))
         J = layer.gradient()
         return cast(Tensor, precondition(_like(J, G), G, A))
 
     def _apply(self, active: Sequence[Layer], by_columns: Mapping[str, Columns], hyper: HyperParameters) -> None:
         """Algorithm 1 l.15-19 with clip, weight decay and momentum."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        steps: Iterator[tuple[Layer, Tensor]] = (
+        steps: Iterator[tuple[Layer, Step]] = (
             (layer, self._precondition(layer, by_columns.get(layer.name), hyper)) for layer in active
         )
         if self.clip_by == "kl":
-            steps = self._clipped_by_kl(list(steps), groups)
+            steps = self._clipped_by_kl(list(steps), by_columns, groups)
         for layer, S in steps:
             clip = groups[layer.weight]["clip"]
             if self.clip_by == "layer" and clip is not None:
-                S.mul_(_clip_factor(S, clip))
+                S = _scaled(S, _clip_factor(S, clip))
             for p, update in layer.split(S).items():
                 self._descend(p, update, groups.pop(p))
         for p, group in groups.items():
@@ -495,34 +625,62 @@ class KFAC(torch.optim.Optimizer):
                 self._descend(p, p.grad, group)
 
     def _clipped_by_kl(
-        self, steps: list[tuple[Layer, Tensor]], groups: Mapping[Tensor, dict[str, Any]]
-    ) -> Iterator[tuple[Layer, Tensor]]:
+        self,
+        steps: list[tuple[Layer, Step]],
+        by_columns: Mapping[str, Columns],
+        groups: Mapping[Tensor, dict[str, Any]],
+    ) -> Iterator[tuple[Layer, Step]]:
         """All steps by one factor, that keeps lr^2 sum_l <S_l, g_l>, about twice the KL divergence, at `clip`."""
         clip = self.param_groups[0]["clip"]
-        if clip is not None and steps:
-            terms = [
-                groups[layer.weight]["lr"] ** 2 * torch.sum(S * layer.gradient(), dtype=torch.float64)
-                for layer, S in steps
-            ]
-            total = torch.stack([term.to(terms[0].device) for term in terms]).sum().abs()
-            factor = torch.clamp(torch.sqrt(clip / total), max=1.0)
-            for _, S in steps:
-                S.mul_(factor.to(S))
-        yield from steps
+        if clip is None or not steps:
+            yield from steps
+            return
+        terms = []
+        for layer, S in steps:
+            if isinstance(S, Product):
+                A, G = by_columns[layer.name]
+                inner = S.inner(Product(G, A))
+            else:
+                inner = torch.sum(S * layer.gradient(), dtype=torch.float64)
+            terms.append(groups[layer.weight]["lr"] ** 2 * inner)
+        total = torch.stack([term.to(terms[0].device) for term in terms]).sum().abs()
+        factor = torch.clamp(torch.sqrt(clip / total), max=1.0)
+        for layer, S in steps:
+            yield layer, _scaled(S, factor)
 
-    def _descend(self, p: nn.Parameter, update: Tensor, group: Mapping[str, Any]) -> None:
+    def _descend(self, p: nn.Parameter, update: Step, group: Mapping[str, Any]) -> None:
         """SGD with `update` in the gradient's place."""
-        update = update.to(p.dtype)
+        if isinstance(update, Product):
+            if update.fits(p):
+                self._descend_product(p, update, group)
+                return
+            update = update.formed().reshape(p.shape)
+        step = update.to(p.dtype)
         if group["weight_decay"]:
-            update = update + group["weight_decay"] * p
+            step = step + group["weight_decay"] * p
         if group["momentum"]:
             state = self.state[p]
             if "momentum_buffer" not in state:
-                state["momentum_buffer"] = update.clone()
+                state["momentum_buffer"] = step.clone()
             else:
-                state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-            update = state["momentum_buffer"]
-        p.add_(update, alpha=-group["lr"])
+                state["momentum_buffer"].mul_(group["momentum"]).add_(step)
+            step = state["momentum_buffer"]
+        p.add_(step, alpha=-group["lr"])
+
+    def _descend_product(self, p: nn.Parameter, update: Product, group: Mapping[str, Any]) -> None:
+        """The same for a step that is not formed."""
+        lr, decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
+        if not momentum:
+            update.add_to(p, beta=1 - lr * decay, alpha=-lr)
+            return
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer = state["momentum_buffer"]
+        update.add_to(buffer, beta=momentum, alpha=1.0)
+        if decay:
+            buffer.add_(p, alpha=decay)
+        p.add_(buffer, alpha=-lr)
 
     # --------------------------------------------------------------------------------------------- state
 
@@ -625,10 +783,15 @@ def _remove(handles: Sequence[Any], opened: Sequence[ColumnHooks]) -> None:
         hooks.close()
 
 
-def _clip_factor(S: Tensor, clip: float) -> Tensor:
+def _clip_factor(S: Step, clip: float) -> Tensor:
     """min(1, clip / rms(S)), a 0-d tensor. The norm is summed in float64: squares of a long step may overflow."""
-    rms = torch.linalg.vector_norm(S, dtype=torch.float64) / max(S.numel(), 1) ** 0.5
-    return torch.clamp(clip / rms, max=1.0).to(S.dtype)
+    norm = S.norm() if isinstance(S, Product) else torch.linalg.vector_norm(S, dtype=torch.float64)
+    return torch.clamp(clip * max(S.numel(), 1) ** 0.5 / norm, max=1.0)
+
+
+def _scaled(S: Step, factor: Tensor) -> Step:
+    """S times a 0-d tensor; a formed S is written to."""
+    return S.scaled(factor) if isinstance(S, Product) else S.mul_(factor.to(S))
 
 
 def _like(J: Tensor, inverse: DampedInverse) -> Tensor:
