@@ -22,7 +22,7 @@ def note(run: Path, seeds: int, *, band: bool = True) -> str:
     return ", ".join(filter(None, (data, drawn)))
 
 
-_TEXT = ("algorithm", "metric", "factor", "optimizer", "driver", "part")
+_TEXT = ("algorithm", "metric", "factor", "optimizer", "driver", "part", "continuation")
 
 
 def read_table(path: Path, columns: tuple[str, ...], *, rows: bool = True) -> pd.DataFrame:

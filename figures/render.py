@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from figures.files import note, read_table, save_both
 from kfacerr.files import write_text
 from kfacerr.metrics import METRICS
-from kfacerr.plot import error_figure
+from kfacerr.plot import METRIC_LABELS, error_figure
 
-__all__ = ["PAPER_TABLE_1", "render", "spectrum_figure", "table_1"]
+__all__ = ["PAPER_TABLE_1", "render", "spectrum_figure", "table_1", "variants_figure"]
 
 PAPER_TABLE_1 = {  # Table 1: average metrics (1)-(4) at epoch 30, and t_epoch in seconds on a V100
     "K-FAC T_inv=50": (1.51e-3, 8.42e-2, 2.69e-1, 14.4e-2, 169.0),
@@ -23,15 +23,18 @@ PAPER_TABLE_1 = {  # Table 1: average metrics (1)-(4) at epoch 30, and t_epoch i
 }
 
 
+COLUMNS = ("algorithm", "k", "metric", "value", "epoch", "seed")
+
+
 def render(run: Path) -> None:
-    """Writes Figures 1 and 2 and the spectra (PDF and PNG) and Table 1 (Markdown and CSV) into `run`.
+    """Writes Figures 1 and 2, the variants and the spectra (PDF, PNG) and Table 1 (Markdown, CSV) into `run`.
 
     Table 1 has a t_epoch column if `studies.timing` has left its timing.csv there.
 
     Raises:
         InputError: `run` has no errors.csv, or it is not a table of errors.
     """
-    errors = read_table(run / "errors.csv", ("algorithm", "k", "metric", "value", "epoch", "seed"))
+    errors = read_table(run / "errors.csv", COLUMNS)
     drawn = note(run, errors.seed.nunique())
     save_both(error_figure(errors, METRICS[:2], title=drawn), run / "figure1")
     save_both(error_figure(errors, METRICS[2:], title=drawn), run / "figure2")
@@ -41,6 +44,10 @@ def render(run: Path) -> None:
             spectrum_figure(read_table(spectra, ("seed", "epoch", "factor", "index", "eigenvalue"))),
             run / "spectra",
         )
+    if (run / "variants.csv").exists() or (run / "variants.csv.gz").exists():
+        variants = read_table(run / "variants.csv", (*COLUMNS, "continuation"), rows=False)
+        everything = pd.concat([errors, variants], ignore_index=True)
+        save_both(variants_figure(everything, note(run, errors.seed.nunique(), band=False)), run / "variants")
     table = table_1(errors)
     if (run / "timing.csv").exists():
         timing = pd.read_csv(run / "timing.csv").groupby("driver").t_epoch.agg(["mean", "std"])
@@ -71,6 +78,34 @@ def table_1(errors: pd.DataFrame) -> pd.DataFrame:
             row[f"({number + 1}) paper"] = paper[number]
         rows.append(row | {"paper t_epoch (s)": paper[4]})
     return pd.DataFrame(rows)
+
+
+def variants_figure(errors: pd.DataFrame, title: str) -> Figure:
+    """Each metric's average over the last window: a row an algorithm, a marker a spectrum continuation."""
+    last = errors[errors.epoch == errors.epoch.max()]
+    averages = last.groupby(["algorithm", "metric", "continuation"]).value.mean()
+    names = list(dict.fromkeys(last.algorithm))[::-1]
+    figure = Figure(figsize=(6.8, 1.4 + 0.34 * len(names)), layout="constrained")
+    axes = figure.subplots(2, 2, sharey=True)
+    markers = {"min": ("o", "#0072B2"), "trace": ("s", "#D55E00"), "none": ("x", "#000000")}
+    for ax, metric in zip(axes.flat, METRICS, strict=True):
+        for kind, (marker, colour) in markers.items():
+            known = [(averages.get((name, metric, kind)), i) for i, name in enumerate(names)]
+            points = [(value, i) for value, i in known if value is not None]
+            if points:
+                ax.scatter(
+                    *zip(*points, strict=True), marker=marker, s=14, color=colour, linewidths=1.0, label=kind
+                )
+        ax.set_xscale("log")
+        ax.set_yticks(range(len(names)), names)
+        ax.tick_params(labelsize=6.5)
+        ax.grid(True, linewidth=0.3, alpha=0.6)
+        ax.set_title(METRIC_LABELS[metric], fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    continuations = [f"`{label}` continuation" for label in labels]
+    figure.legend(handles, continuations, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+    figure.suptitle(", ".join(filter(None, (title, f"epoch {errors.epoch.max()}"))), fontsize=8)
+    return figure
 
 
 def spectrum_figure(spectra: pd.DataFrame) -> Figure:

@@ -39,6 +39,7 @@ WINDOWS = {1: range(10, 30), 4: range(40, 60)}
 RESULTS = {
     *("errors.csv", "variants.csv", "spectra.csv", "training.csv", "config.json", "environment.json"),
     *("figure1.pdf", "figure1.png", "figure2.pdf", "figure2.png", "spectra.pdf", "spectra.png"),
+    *("variants.pdf", "variants.png", "taken.csv"),
     *("table1.md", "table1.csv", "claims.md"),
 }
 
@@ -109,9 +110,18 @@ def test_every_algorithm_metric_iteration_and_seed_has_a_row(whole):
     assert got == expected
     assert np.isfinite(errors.value).all() and (errors.value >= 0).all()
     variants = pd.read_csv(whole / "variants.csv")
-    assert set(variants.continuation) == {"min", "trace"}
+    assert set(variants.continuation) == {"min", "trace", "none"}
     equal_rank = f" rank={RANK + TINY.batch_size}"
-    assert set(variants.algorithm) == {*SEVEN, *(n + equal_rank for n in SEVEN if n.startswith("R-KFAC"))}
+    at_equal_rank = {name + equal_rank for name in SEVEN if name.startswith("R-KFAC")}
+    assert set(variants.algorithm) == {*SEVEN, *at_equal_rank, *inverse_errors.BEYOND}
+
+
+def test_decompositions_are_counted_by_window(whole):
+    taken = pd.read_csv(whole / "taken.csv").set_index(["algorithm", "epoch", "seed", "factor"]).taken
+    for key in ((epoch, seed, factor) for epoch in WINDOWS for seed in TINY.seeds for factor in "AG"):
+        assert taken["R-KFAC T_inv=10", *key] == 2  # of 20 iterations
+        assert taken["K-FAC T_inv=50", *key] == taken["B-R-KFAC", *key] == 1
+        assert taken["B-KFAC", *key] == 0
 
 
 def test_spectra_of_both_factors_at_every_windows_start_are_kept(whole):
