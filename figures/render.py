@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from figures.files import note, read_table, save_both
 from kfacerr.files import write_text
@@ -97,6 +98,9 @@ def variants_figure(errors: pd.DataFrame, title: str) -> Figure:
                     *zip(*points, strict=True), marker=marker, s=14, color=colour, linewidths=1.0, label=kind
                 )
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_yticks(range(len(names)), names)
         ax.tick_params(labelsize=6.5)
         ax.grid(True, linewidth=0.3, alpha=0.6)
