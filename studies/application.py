@@ -41,7 +41,7 @@ from kfacerr.plot import save
 from kfacerr.process import EAFactor, Estimate, Process
 from kfacerr.torch import KFAC, FactorInfo, factored
 from studies.files import environment
-from studies.running import check_at_least, write_csv
+from studies.running import check_at_least, command, write_csv
 from studies.timing import synchronize
 from studies.training import select_device
 
@@ -184,11 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dense-up-to", type=int, default=2048, metavar="D", help="of K-FAC (default: 2048)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    try:
-        return _run(parser.parse_args(argv))
-    except InputError as error:
-        print(f"application: {error}", file=sys.stderr)
-        return 2
+    return command("application", parser, _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:

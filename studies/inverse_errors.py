@@ -44,7 +44,8 @@ from studies.running import (
     Stop,
     add_data_arguments,
     add_job_arguments,
-    check_at_least,
+    check_jobs,
+    command,
     in_parallel,
     load_dataset,
     open_output,
@@ -52,7 +53,7 @@ from studies.running import (
     verdict,
     write_csv,
 )
-from studies.training import Training, TrainingConfig, find_driver, select_device
+from studies.training import Training, TrainingConfig, find_driver
 
 __all__ = ["SeedRun", "main"]
 
@@ -333,17 +334,7 @@ def write_results(out: Path, dataset: str, states: Sequence[dict[str, Any]]) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the study; returns the exit status: 0 (also when a limit stopped it), 2 bad input, 130 Ctrl-C."""
-    arguments = _parser().parse_args(argv)
-    try:
-        if arguments.monitor:
-            return _monitor(arguments)
-        return _run(arguments)
-    except InputError as error:
-        print(f"inverse_errors: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("inverse_errors: interrupted", file=sys.stderr)
-        return 130
+    return command("inverse_errors", _parser(), _run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -366,6 +357,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.monitor:
+        return _monitor(arguments)
     preset = PRESETS[arguments.preset]
     if arguments.seed:
         preset = dataclasses.replace(preset, seeds=tuple(dict.fromkeys(arguments.seed)))
@@ -413,16 +406,10 @@ def _monitor(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace, preset: Preset) -> None:
     """Refuses what would fail later, before anything is written to DIR."""
-    select_device(arguments.device)
+    check_jobs(arguments, preset.seeds)
     find_driver(preset.driver)
     if arguments.driver and arguments.trajectory == "own":
         raise InputError("--driver is for the shared trajectory: on its own each algorithm drives itself")
-    check_at_least(
-        jobs=(arguments.jobs, 1),
-        seed=(min(preset.seeds), 0),
-        time_limit=(arguments.time_limit, 0),
-        step_limit=(arguments.step_limit, 0),
-    )
 
 
 def run_seed(

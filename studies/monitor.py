@@ -26,7 +26,6 @@ import torch
 from figures.monitor import render_monitor
 from kfacerr.algorithms import SEVEN, Settings
 from kfacerr.cli import Parser
-from kfacerr.errors import InputError
 from kfacerr.replay import ErrorStudy, Row
 from kfacerr.stream import Step, Window
 from studies.data import Dataset
@@ -37,7 +36,8 @@ from studies.running import (
     Stop,
     add_data_arguments,
     add_job_arguments,
-    check_at_least,
+    check_jobs,
+    command,
     in_parallel,
     load_dataset,
     open_output,
@@ -45,7 +45,6 @@ from studies.running import (
     verdict,
     write_csv,
 )
-from studies.training import select_device
 
 __all__ = ["MonitoredRun", "main"]
 
@@ -145,14 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", required=True, choices=tuple(PRESETS))
     add_data_arguments(parser)
     add_job_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except InputError as error:
-        print(f"monitor: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("monitor: interrupted", file=sys.stderr)
-        return 130
+    return command("monitor", parser, run, argv)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -160,13 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
     preset = PRESETS[arguments.preset]
     if arguments.seed:
         preset = dataclasses.replace(preset, seeds=tuple(dict.fromkeys(arguments.seed)))
-    select_device(arguments.device)
-    check_at_least(
-        jobs=(arguments.jobs, 1),
-        seed=(min(preset.seeds), 0),
-        time_limit=(arguments.time_limit, 0),
-        step_limit=(arguments.step_limit, 0),
-    )
+    check_jobs(arguments, preset.seeds)
     dataset = load_dataset(
         preset.dataset,
         arguments.data,

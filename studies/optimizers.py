@@ -54,7 +54,8 @@ from studies.running import (
     Stop,
     add_data_arguments,
     add_job_arguments,
-    check_at_least,
+    check_jobs,
+    command,
     in_parallel,
     load_dataset,
     open_output,
@@ -63,7 +64,7 @@ from studies.running import (
     write_csv,
 )
 from studies.timing import Timing, synchronize, time_drivers, write_timings
-from studies.training import Diverged, Training, TrainingConfig, select_device
+from studies.training import Diverged, Training, TrainingConfig
 
 PAPER_BATCH = 256
 
@@ -281,15 +282,7 @@ def _run_row(state: dict[str, Any], preset: OptimizerPreset) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the study; returns the exit status: 0 (also when a limit stopped it), 2 bad input, 130 Ctrl-C."""
-    arguments = _parser().parse_args(argv)
-    try:
-        return _run(arguments)
-    except InputError as error:
-        print(f"optimizers: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("optimizers: interrupted", file=sys.stderr)
-        return 130
+    return command("optimizers", _parser(), _run, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -381,13 +374,7 @@ def _saved(out: Path, optimizer: str, seed: int) -> Outcome:
 
 def _check(arguments: argparse.Namespace, preset: OptimizerPreset) -> None:
     """Refuses what would fail later, before anything is written to DIR."""
-    select_device(arguments.device)
-    check_at_least(
-        jobs=(arguments.jobs, 1),
-        seed=(min(preset.seeds), 0),
-        time_limit=(arguments.time_limit, 0),
-        step_limit=(arguments.step_limit, 0),
-    )
+    check_jobs(arguments, preset.seeds)
     if arguments.timing_only and arguments.no_timing:
         raise InputError("--timing-only and --no-timing contradict each other")
 

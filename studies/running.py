@@ -21,6 +21,7 @@ from kfacerr.errors import InputError
 from kfacerr.files import write_atomically, write_text
 from studies.data import Dataset, load_cifar10, load_digits_rgb
 from studies.files import environment, load_checkpoint, save_checkpoint
+from studies.training import select_device
 
 __all__ = [
     "SIGNAL",
@@ -31,6 +32,8 @@ __all__ = [
     "add_job_arguments",
     "advance",
     "check_at_least",
+    "check_jobs",
+    "command",
     "in_parallel",
     "load_dataset",
     "open_output",
@@ -102,6 +105,35 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step-limit", type=int, metavar="N", help="stop each job after N iterations, resumable")
     parser.add_argument("--jobs", type=int, default=1, metavar="J", help="jobs to run side by side")
     parser.add_argument("--resume", action="store_true", help="continue what DIR holds")
+
+
+def command(
+    program: str,
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None,
+) -> int:
+    """Runs a study's command line; its exit status: what `run` returns, 2 after bad input, 130 after Ctrl-C."""
+    arguments = parser.parse_args(argv)
+    try:
+        return run(arguments)
+    except InputError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130
+
+
+def check_jobs(arguments: argparse.Namespace, seeds: Sequence[int]) -> None:
+    """Refuses bad values of the options above before anything is written."""
+    select_device(arguments.device)
+    check_at_least(
+        jobs=(arguments.jobs, 1),
+        seed=(min(seeds), 0),
+        time_limit=(arguments.time_limit, 0),
+        step_limit=(arguments.step_limit, 0),
+    )
 
 
 def check_at_least(**options: tuple[float | None, float]) -> None:

@@ -42,7 +42,7 @@ from studies.data import Dataset
 from studies.drivers import TABLE_1, find_driver, update_period
 from studies.files import load_checkpoint, save_checkpoint
 from studies.presets import PRESETS, Preset
-from studies.running import add_data_arguments, check_at_least, load_dataset, write_csv
+from studies.running import add_data_arguments, check_at_least, command, load_dataset, write_csv
 from studies.training import Training, TrainingConfig, select_device
 
 __all__ = ["PARTS", "Stopwatch", "Timing", "main", "measure", "synchronize", "time_drivers", "write_timings"]
@@ -239,11 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", required=True, choices=tuple(PRESETS))
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="times each is timed (default: 3)")
     add_data_arguments(parser)
-    try:
-        return _run(parser.parse_args(argv))
-    except InputError as error:
-        print(f"timing: {error}", file=sys.stderr)
-        return 2
+    return command("timing", parser, _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:
