@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 OUT ?= runs/digits
 
-.PHONY: study test lint format figures clean
+.PHONY: study test lint format figures docs clean
 
 study: $(STAMP)
 	$(BIN)/python -m studies.inverse_errors --preset digits --jobs 2 --resume --out $(OUT)
@@ -24,6 +25,14 @@ format: $(STAMP)
 
 figures: $(STAMP)
 	$(BIN)/python -m figures $(OUT)
+
+docs: $(DOCS_STAMP)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env -d build/doctrees docs build/docs
+	@echo "the docs are in build/docs/index.html"
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("kfacerr needs Python >= 3.11" if sys.version_info < (3, 11) else 0)'

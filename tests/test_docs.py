@@ -1,0 +1,52 @@
+"""The documentation's Python blocks run as they stand: one namespace a page, in a folder of their own."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kfacerr.metrics import METRICS
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python\n" in page.read_text(encoding="utf-8"))
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """Each block with the number of its first line."""
+    text = page.read_text(encoding="utf-8")
+    found = re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [(text[: m.start(1)].count("\n"), m.group(1)) for m in found]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {"__name__": "__page__"}
+    for line, code in blocks(page):
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+def test_the_pages_that_should_have_code_have():
+    assert {"tutorial.md", "own-process.md"} <= {page.name for page in PAGES}
+
+
+def test_every_module_of_the_library_is_in_the_reference():
+    pages = "".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    modules = {
+        ".".join(path.with_suffix("").relative_to(DOCS.parent).parts).removesuffix(".__init__")
+        for path in (DOCS.parent / "kfacerr").rglob("*.py")
+    }
+    assert modules == set(re.findall(r"automodule:: (\S+)", pages))
+
+
+def test_the_tables_of_the_findings_are_those_of_the_csvs():
+    folder = DOCS.parent / "figures" / "cifar10-small"
+    frame = pd.concat(pd.read_csv(folder / f"{name}.csv.gz") for name in ("errors", "variants"))
+    mean = frame.groupby(["algorithm", "continuation", "epoch", "metric"]).value.mean()
+    text = (DOCS / "findings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S*K-?FAC.*?) \| (min|trace) \| (\d+) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) >= 30
+    for algorithm, continuation, epoch, values in rows:
+        computed = [f"{mean[algorithm, continuation, int(epoch), metric]:.3g}" for metric in METRICS]
+        assert values.split(" | ") == computed, (algorithm, continuation, epoch)
