@@ -21,6 +21,7 @@ __all__ = [
     "eps",
     "namespace",
     "normal",
+    "product_into",
     "rank_k_update",
     "to_numpy",
 ]
@@ -134,6 +135,17 @@ def cholesky_inverse(M: Array) -> Array:
         return torch.cholesky_inverse(factor)
     xp = compat.array_namespace(M)
     return xp.linalg.inv(M)
+
+
+def product_into(out: Array, start: int, P: Array, Q: Array) -> None:
+    """Writes P Q into the columns of `out` from `start` on, without a temporary where the backend can."""
+    stop = start + Q.shape[1]
+    if isinstance(out, np.ndarray):
+        np.matmul(P, Q, out=out[:, start:stop])
+    elif compat.is_torch_array(out):
+        out[:, start:stop].addmm_(P, Q, beta=0)
+    else:
+        out[:, start:stop] = P @ Q
 
 
 def rank_k_update(M: Array, X: Array, *, alpha: float, beta: float) -> Array:

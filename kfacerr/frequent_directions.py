@@ -21,8 +21,6 @@ from dataclasses import replace
 from typing import Any
 
 from .backend import namespace
-from .brand import orthonormalised
-from .lowrank import LowRank
 from .processes import Brand
 from .stream import Array
 
@@ -44,15 +42,13 @@ class FrequentDirections(Brand):
             self.estimate = replace(self.estimate, level=self._mass)
         return taken
 
-    def _reduced(self, low: LowRank, decay: float) -> tuple[LowRank, Array]:
-        xp = namespace(low.D)
-        if low.m <= self.rank:
-            return super()._reduced(low, decay)
-        shift = low.D[self.rank]
+    def _reduced(self, kept: Array, D: Array, decay: float) -> tuple[Array, Array]:
+        xp = namespace(D)
+        if D.shape[0] <= self.rank:
+            return super()._reduced(kept, D, decay)
+        shift = D[self.rank]
         self._mass = decay * (self._mass + shift)
-        B = orthonormalised(low.truncate(self.rank))
-        shrunk = LowRank(B.U, xp.maximum(B.D - shift, 0 * B.D))
-        return shrunk, xp.concat([shift + 0 * B.D, low.D[self.rank :]])
+        return xp.maximum(kept - shift, 0 * kept), xp.concat([shift + 0 * kept, D[self.rank :]])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

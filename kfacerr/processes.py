@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .backend import namespace
-from .brand import orthonormalised, symmetric_brand
+from .brand import carried, symmetric_brand
 from .certificate import Certificate
 from .correction import correct
 from .errors import InputError
@@ -227,17 +227,25 @@ class Brand(Process):
                 self._certificate = DROPPED
             return False
         self._waiting = None
-        B, removed = self._reduced(self.estimate.lowrank, decay)  # l.3-4
+        whole = self.estimate.lowrank
+        B, beside = carried(whole, self.rank, W)  # l.3-4
+        D, removed = self._reduced(B.D, whole.D, decay)
         trace = decay * self.estimate.trace + mean_square(W)
-        low = symmetric_brand(LowRank(B.U, decay * B.D), W)  # l.6-7
+        low = symmetric_brand(LowRank(B.U, decay * D), W, beside)  # l.6-7
         self.estimate = Estimate(low, trace)
         if isinstance(self._certificate, Certificate):
             self._certificate = self._certificate.after_brand(removed, decay, low, trace)
         return True
 
-    def _reduced(self, low: LowRank, decay: float) -> tuple[LowRank, Array]:
-        """The rank-r B that the Brand update starts from, and the eigenvalues of low - B >= 0."""
-        return orthonormalised(low.truncate(self.rank)), low.D[min(self.rank, low.m) :]
+    def _reduced(self, kept: Array, D: Array, decay: float) -> tuple[Array, Array]:
+        """The eigenvalues that the Brand update starts from, and those of what is taken away from M~, M~ - B >= 0.
+
+        Args:
+            kept: the leading ones, of the modes that are carried on.
+            D: all of M~.
+            decay: what the next update weighs M~ by.
+        """
+        return kept, D[kept.shape[0] :]
 
     def _certified(self) -> Certificate | str:
         return self._certificate if self._waiting is None else WAITING
