@@ -10,7 +10,6 @@ from kfacerr.bounds import Identity, Inequality, Psd
 from kfacerr.certificate import Certificate
 from kfacerr.cli import main
 from kfacerr.errors import InputError
-from kfacerr.lowrank import LowRank
 from kfacerr.processes import Brand
 from kfacerr.recorder import RecordingWriter
 from kfacerr.recording import Recording
@@ -138,9 +137,9 @@ def test_a_process_that_overestimates_is_caught(recording, monkeypatch):
     """M_B a few percent too large: the error is not p.s.d. any more, on stretches and on the whole stream."""
     reduced = Brand._reduced
 
-    def tampered(self, low, decay):
-        B, removed = reduced(self, low, decay)
-        return LowRank(B.U, 1.05 * B.D), removed
+    def tampered(self, kept, D, decay):
+        D, removed = reduced(self, kept, D, decay)
+        return 1.05 * D, removed
 
     monkeypatch.setattr(Brand, "_reduced", tampered)
     failed = _fails(recording)
