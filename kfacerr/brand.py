@@ -148,6 +148,7 @@ def carried(X: LowRank, r: int, A: Array) -> tuple[LowRank, Beside]:
     else:
         product_into(together, 0, X.basis, X.mix[:, :m])
     together[:, m : m + n] = A
+    together[:, m + n + PROBES :] = 0  # the padding: a checkpoint saves it with the rest
     U, Y = together[:, :m], together[:, : m + n]
     probes = _probes_on(D)
     product_into(together, m + n, U, probes)

@@ -178,11 +178,11 @@ class Process:
 
     def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
         """Called with X_k (d, n) and M_k."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} is a process without `update`")
 
     def refresh(self, k: int, factor: EAFactor) -> None:
         """The heaviest update from M_k alone, at a step that brings no columns. Only where `forgets`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} forgets, but is a process without `refresh`")
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts of arrays and plain values; `load_state_dict` of a process made alike restores it."""

@@ -51,7 +51,8 @@ class Periodic(Process):
         self.taken += 1
 
     def decompose(self, M: Array) -> LowRank:
-        raise NotImplementedError
+        """The representation of M (d, d)."""
+        raise NotImplementedError(f"{type(self).__name__} is a periodic process without `decompose`")
 
     def certified(self, factor: EAFactor) -> Certificate | str:
         """The certificate of the decomposition just taken."""
