@@ -1,18 +1,20 @@
 """What can drive a training run, by name: the seven optimizers of Table 2, SGD and AdamW, and those of Table 1.
 
-A run that is smaller than the paper's keeps its proportions by three rules.
+A run that is smaller than the paper's keeps its proportions by four rules.
 
 * Schedules of the epoch (learning rate, phi_lambda, r, r_o) are read at the paper's epoch that stands for the
   run's: `50 * epoch // schedule_epochs`.
 * Ranks are multiplied by `rank_scale`; oversampling and power iterations are not.
+* Learning rates are for batches of 256, and scale with the square root of the batch (`settings_for`).
 * Update periods: the paper has 195 iterations an epoch and updates its factors every 25. Here they are updated
   every `u = max(1, round(25 * steps_per_epoch / 195))`, and every other period is the same multiple of u as the
   paper's of 25 (T_inv = 10 u, T_brand = 5 u, T_corct = 20 u; SENG's 200 is 8 u), so that the share of each kind
   of step, on which t_epoch depends, is the paper's.
 
-At the paper's own size all three change nothing.
+At the paper's own size all four change nothing.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -36,9 +38,19 @@ from studies.schedules import (
 if TYPE_CHECKING:
     from studies.training import TrainingConfig
 
-__all__ = ["DRIVERS", "TABLE_1", "TABLE_2", "Driver", "KFACSettings", "find_driver", "update_period"]
+__all__ = [
+    "DRIVERS",
+    "TABLE_1",
+    "TABLE_2",
+    "Driver",
+    "KFACSettings",
+    "find_driver",
+    "settings_for",
+    "update_period",
+]
 
 FIRST_FC = "fc0"
+PAPER_BATCH = 256
 PAPER_STEPS = 195  # iterations an epoch of the paper: 50,000 images in batches of 256
 PAPER_T_UPDT = 25
 SENG_UPDATE = 200  # iterations between SENG's updates (appendix D)
@@ -89,6 +101,19 @@ def find_driver(name: str) -> Driver:
     if name not in DRIVERS:
         raise InputError(f"no driver is called {name!r}; there are: {', '.join(sorted(DRIVERS))}")
     return DRIVERS[name]
+
+
+def settings_for(name: str, batch_size: int) -> dict[str, float]:
+    """What `TrainingConfig` should say for the driver called `name`, at that batch.
+
+    The noise that the gradients of an epoch put into the weights stays as it is when the learning rate goes with
+    the square root of the batch (Krizhevsky 2014, arXiv:1404.5997, sec. 5). AdamW keeps its default.
+    """
+    driver = find_driver(name)
+    settings = dict(driver.settings)
+    if driver.per_batch:
+        settings["learning_rate"] *= math.sqrt(batch_size / PAPER_BATCH)
+    return settings
 
 
 def update_period(steps_per_epoch: int) -> int:
@@ -149,6 +174,7 @@ class KFACSettings:
             "weight_decay": config.weight_decay,
             "momentum": config.momentum,
             "continuation": config.continuation,
+            "skip_nonfinite": False,  # a look at every step, for which the host would wait; `Training` looks
             "seed": config.seed,
         }
 
@@ -225,6 +251,7 @@ def _seng(model: nn.Module, config: "TrainingConfig", steps_per_epoch: int) -> t
         weight_decay=config.weight_decay,
         update_every=_seng_cycle(steps_per_epoch),
         fim_col_sample_size=128,
+        skip_nonfinite=False,
         seed=config.seed,
     )
 

@@ -53,7 +53,7 @@ from studies.running import (
     verdict,
     write_csv,
 )
-from studies.training import Training, TrainingConfig, find_driver
+from studies.training import Training, find_driver
 
 __all__ = ["SeedRun", "main"]
 
@@ -111,18 +111,7 @@ class SeedRun:
         self.preset, self.seed, self.own = preset, seed, own
         self.windows = preset.windows(steps_per_epoch)
         self.end = self.windows[-1].start + self.windows[-1].length
-        config = TrainingConfig(
-            batch_size=preset.batch_size,
-            epochs=max(preset.epochs(steps_per_epoch), preset.schedule_epochs),
-            width=preset.width,
-            seed=seed,
-            driver=own or preset.driver,
-            augment=preset.augment,
-            device=device,
-            schedule_epochs=preset.schedule_epochs,
-            rank_scale=preset.rank_scale,
-            **preset.settings(own or preset.driver),
-        )
+        config = preset.training_config(own or preset.driver, seed, steps_per_epoch, device)
         self.training = Training(config, dataset)
         if own and self._optimizer().hyper.T_updt != preset.T_updt:
             raise InputError(

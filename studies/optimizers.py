@@ -28,7 +28,6 @@ With Ray, or any other backend:
 import argparse
 import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ from kfacerr.errors import InputError
 from kfacerr.files import write_text
 from kfacerr.inverse import CONTINUATIONS
 from studies.data import Dataset
-from studies.drivers import TABLE_1, TABLE_2, find_driver
+from studies.drivers import TABLE_1, TABLE_2, settings_for
 from studies.files import load_checkpoint
 from studies.optimizer_claims import judge
 from studies.presets import OPTIMIZER_PRESETS, OptimizerPreset
@@ -65,8 +64,6 @@ from studies.running import (
 )
 from studies.timing import Timing, synchronize, time_drivers, write_timings
 from studies.training import Diverged, Training, TrainingConfig
-
-PAPER_BATCH = 256
 
 __all__ = ["Epoch", "OptimizerRun", "main", "training_config"]
 
@@ -90,15 +87,7 @@ class Epoch(NamedTuple):
 
 
 def training_config(preset: OptimizerPreset, driver: str, seed: int, device: str) -> TrainingConfig:
-    """A driver's settings at the preset's size.
-
-    Learning rates are for the paper's batches of 256, and scale with the square root of the batch: the noise that
-    the gradients of an epoch put into the weights then stays as it is (Krizhevsky 2014, arXiv:1404.5997, sec. 5).
-    AdamW keeps its default.
-    """
-    settings = dict(find_driver(driver).settings)
-    if find_driver(driver).per_batch:
-        settings["learning_rate"] *= math.sqrt(preset.batch_size / PAPER_BATCH)
+    """A driver's settings at the preset's size."""
     return TrainingConfig(
         batch_size=preset.batch_size,
         epochs=preset.epochs,
@@ -110,7 +99,8 @@ def training_config(preset: OptimizerPreset, driver: str, seed: int, device: str
         rank_scale=preset.rank_scale,
         continuation=preset.continuation,
         equal_rank=preset.equal_rank,
-        **settings,  # type: ignore[arg-type]
+        amp=preset.amp,
+        **settings_for(driver, preset.batch_size),  # type: ignore[arg-type]
     )
 
 

@@ -1,11 +1,11 @@
 """The presets of the error study (§4.2) and of the performance study (§6): what is trained, and for how long."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from kfacerr.stream import Window
-from studies.drivers import find_driver
+from studies.drivers import settings_for
 from studies.schedules import paper_oversampling, paper_phi, paper_rank
+from studies.training import TrainingConfig
 
 __all__ = ["OPTIMIZER_PRESETS", "PRESETS", "OptimizerPreset", "Preset"]
 
@@ -25,6 +25,8 @@ class Preset:
         window_length: iterations of a window.
         rank_scale: of the paper's rank schedule, 1 for r = 220, 230.
         dtype: the error analysis computes in.
+        driver: of the shared trajectory, see `studies.drivers`.
+        amp: the network runs under autocast to bfloat16; factors and the analysis do not.
     """
 
     name: str
@@ -34,7 +36,6 @@ class Preset:
     batch_size: int
     window_epochs: tuple[int, ...]
     seeds: tuple[int, ...]
-    learning_rate: float
     schedule_epochs: int = 50
     augment: bool = True
     T_updt: int = 10
@@ -43,7 +44,8 @@ class Preset:
     n_pwr_it: int = 4
     rho: float = 0.95
     dtype: str = "float64"
-    driver: str = "sgd"
+    driver: str = "R-KFAC T_inv=50"
+    amp: bool = False
 
     def paper_epoch(self, epoch: int) -> int:
         """The epoch of the paper's 50 that stands for `epoch` in its schedules."""
@@ -61,11 +63,6 @@ class Preset:
         """r_o of §6."""
         return paper_oversampling(self.paper_epoch(epoch))
 
-    def settings(self, driver: str) -> dict[str, Any]:
-        """What `TrainingConfig` should say for a driver; for this preset's own, with its learning rate."""
-        own = {"learning_rate": self.learning_rate} if driver == self.driver else {}
-        return {**find_driver(driver).settings, **own}
-
     def windows(self, steps_per_epoch: int) -> list[Window]:
         """Each starts at the first update of its epoch."""
         starts = [-(-epoch * steps_per_epoch // self.T_updt) * self.T_updt for epoch in self.window_epochs]
@@ -75,6 +72,22 @@ class Preset:
         """Epochs until the last window has ended."""
         last = self.windows(steps_per_epoch)[-1]
         return -(-(last.start + last.length) // steps_per_epoch)
+
+    def training_config(self, driver: str, seed: int, steps_per_epoch: int, device: str) -> TrainingConfig:
+        """A driver's settings at the preset's size. Periods are those of §4.2, whatever the size."""
+        return TrainingConfig(
+            batch_size=self.batch_size,
+            epochs=max(self.epochs(steps_per_epoch), self.schedule_epochs),
+            width=self.width,
+            seed=seed,
+            driver=driver,
+            augment=self.augment,
+            device=device,
+            schedule_epochs=self.schedule_epochs,
+            rank_scale=self.rank_scale,
+            amp=self.amp,
+            **settings_for(driver, self.batch_size),  # type: ignore[arg-type]
+        )
 
 
 PRESETS = {
@@ -89,7 +102,6 @@ PRESETS = {
             window_epochs=(8, 15),
             schedule_epochs=24,
             seeds=(0, 1),
-            learning_rate=0.02,
             rank_scale=1 / 8,
         ),
         Preset(
@@ -98,9 +110,9 @@ PRESETS = {
             n_train=10_000,
             width=1 / 8,
             batch_size=32,
-            window_epochs=(15, 30),
+            window_epochs=(8, 15),
+            schedule_epochs=25,  # of 312 iterations: windows at 2500 and 4680, the paper's at 2925 and 5850
             seeds=(0, 1, 2),
-            learning_rate=0.01,
             rank_scale=1 / 8,
         ),
         Preset(
@@ -111,8 +123,8 @@ PRESETS = {
             batch_size=256,
             window_epochs=(15, 30),
             seeds=(0, 1, 2, 3, 4),
-            learning_rate=0.1,
             dtype="float32",
+            amp=True,
         ),
     )
 }
@@ -137,6 +149,7 @@ class OptimizerPreset:
         timing_rounds: times that t_epoch is taken of each optimizer, after the training.
         continuation: of the spectrum.
         equal_rank: R-KFAC has rank r + n on the first FC layer, the rank at which the B- variants are applied.
+        amp: the network runs under autocast to bfloat16; factors do not.
     """
 
     name: str
@@ -153,6 +166,7 @@ class OptimizerPreset:
     timing_rounds: int = 3
     continuation: str = "min"
     equal_rank: bool = False
+    amp: bool = False
 
 
 OPTIMIZER_PRESETS = {
@@ -194,6 +208,7 @@ OPTIMIZER_PRESETS = {
             epochs=50,
             seeds=tuple(range(10)),
             targets=(0.91, 0.93, 0.935),
+            amp=True,
         ),
     )
 }

@@ -41,7 +41,7 @@ from kfacerr.torch.seng import SENG
 from studies.data import Dataset
 from studies.drivers import TABLE_1, find_driver, update_period
 from studies.files import load_checkpoint, save_checkpoint
-from studies.presets import PRESETS, Preset
+from studies.presets import PRESETS
 from studies.running import add_data_arguments, check_at_least, command, load_dataset, write_csv
 from studies.training import Training, TrainingConfig, select_device
 
@@ -62,6 +62,7 @@ SEAMS: tuple[tuple[type, str, str], ...] = (
     (EAFactor, "update", FACTORS),  # (8)
     (Factor, "_guarded", DECOMPOSITION),  # (9), (10), EVD: whatever the process does
     (KFAC, "_precondition", APPLICATION),  # Alg. 1 l.15-18, or Alg. 8
+    (KFAC, "_descend_product", APPLICATION),  # Alg. 8's one product, which also is the update
     (SENG, "_refresh", DECOMPOSITION),
     (SENG, "_directions", APPLICATION),
 )
@@ -196,7 +197,7 @@ def time_drivers(
         path = folder / f"{name.replace(' ', '-')}-{round}.pt"
         if path.exists():
             saved = load_checkpoint(path)
-            if saved["config"] != config:
+            if asdict(TrainingConfig(**saved["config"])) != config:  # one that lacks a setting has its default
                 raise InputError(f"{path}: was taken of another configuration; remove {folder} to time anew")
             timings.append(Timing(**saved["timing"]))
         elif not stop():
@@ -212,25 +213,6 @@ def write_timings(out: Path, timings: Sequence[Timing]) -> None:
     parts = [(t.driver, t.round, part, s) for t in timings for part, s in t.parts.items()]
     columns = ["driver", "round", "part", "seconds"]
     write_csv(out / "breakdown.csv", pd.DataFrame(parts, columns=columns))
-
-
-def error_study_configs(preset: Preset, steps_per_epoch: int, device: str) -> dict[str, TrainingConfig]:
-    """Table 1's drivers at the size of an error study, whose periods they are not scaled from (§4.2)."""
-    return {
-        name: TrainingConfig(
-            batch_size=preset.batch_size,
-            epochs=max(preset.epochs(steps_per_epoch), preset.schedule_epochs),
-            width=preset.width,
-            seed=preset.seeds[0],
-            driver=name,
-            augment=preset.augment,
-            device=device,
-            schedule_epochs=preset.schedule_epochs,
-            rank_scale=preset.rank_scale,
-            **find_driver(name).settings,  # type: ignore[arg-type]
-        )
-        for name in TABLE_1
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -252,7 +234,10 @@ def _run(arguments: argparse.Namespace) -> int:
         accept_modified=arguments.accept_modified_data,
         n_train=preset.n_train,
     )
-    configs = error_study_configs(preset, len(dataset.train_images) // preset.batch_size, arguments.device)
+    per_epoch = len(dataset.train_images) // preset.batch_size
+    configs = {
+        name: preset.training_config(name, preset.seeds[0], per_epoch, arguments.device) for name in TABLE_1
+    }
     timings = time_drivers(configs, dataset, arguments.rounds, arguments.out / "state" / "timing")
     write_timings(arguments.out, timings)
     if (arguments.out / "errors.csv").exists():
