@@ -530,9 +530,11 @@ def test_the_damping_follows_its_schedule_also_between_decompositions():
     )
     train(net, optimizer, [vectors(k) for k in range(3)])
     factor = optimizer.layers["0"].factors["G"]
-    ((_, phi), inverse) = factor._made_from, factor._inverse
-    assert phi == 0.1 / 3
-    assert float(inverse.lam) == pytest.approx(0.1 / 3 * float(factor.process.estimate.lowrank.lambda_max))
+    low = factor.process.estimate.lowrank
+    lam = 0.1 / 3 * low.lambda_max
+    expected = torch.linalg.inv(low.dense() + lam * torch.eye(low.d))
+    torch.testing.assert_close(factor.inverse(0.1 / 3, "min").dense(), expected)
+    assert factor._made_from[1] == 0.1 / 3
     assert factor.process.T_inv.last == 0
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..inverse import DampedInverse, damped_inverse
+from ..inverse import DenseInverse, Inverse, damped_inverse
 from ..process import EAFactor, Estimate, Process
 from ..processes import Evd, Rsvd
 from ..stream import Columns
@@ -118,7 +118,7 @@ class Factor:
         self.choice: Choice = FALLBACK if self.fell_back else choice
         self.process: Process = make(self.choice, info, hyper, accumulate=accumulate, seed=seed)
         self.ea = EAFactor(hyper.rho) if self.process.needs_factor else None
-        self._inverse: DampedInverse | None = None
+        self._inverse: Inverse | None = None
         self._made_from: tuple[Estimate, float] | None = None
         self._lambda_max = 0.0
         self._absorbed = False
@@ -230,9 +230,10 @@ class Factor:
         ea.load_state_dict(map_tensors(self.ea.state_dict(), lambda t: t.double()))
         return ea
 
-    def inverse(self, phi: float, continuation: str) -> DampedInverse | None:
+    def inverse(self, phi: float, continuation: str) -> Inverse | None:
         """The damped inverse, or None where there is none: no estimate yet, or a factor that is zero.
 
+        Where all d modes are there it is dense: one product a step in place of two, for one when it is made.
         Waits for the device only after a decomposition.
         """
         estimate = self.process.estimate
@@ -244,11 +245,18 @@ class Factor:
         if phi * self._lambda_max < torch.finfo(estimate.lowrank.D.dtype).tiny:
             return None  # 1/lam would overflow
         if made_from is None or made_from[0] is not estimate or made_from[1] != phi:
-            self._inverse = damped_inverse(
-                estimate.lowrank, phi=phi, continuation=continuation, trace=estimate.trace
-            )
+            low = estimate.lowrank
+            inverse = damped_inverse(low, phi=phi, continuation=continuation, trace=estimate.trace)
+            self._inverse = inverse if low.m < low.d else DenseInverse(inverse.dense())
             self._made_from = estimate, phi
         return self._inverse
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the inverse; there must be one."""
+        assert self.process.estimate is not None
+        dtype: torch.dtype = self.process.estimate.lowrank.D.dtype
+        return dtype
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -362,7 +370,7 @@ class Layer:
         factor = self.factors[info.side] = Factor(info, choice, hyper, accumulate=accumulate, seed=seed)
         return factor
 
-    def inverses(self, phi: float, continuation: str) -> tuple[DampedInverse, DampedInverse] | None:
+    def inverses(self, phi: float, continuation: str) -> tuple[Inverse, Inverse] | None:
         """Of G and of A, or None where either is missing."""
         if not self.factors:
             return None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..inverse import CONTINUATIONS, DampedInverse, precondition, precondition_linear
+from ..inverse import CONTINUATIONS, precondition, precondition_linear
 from ..stream import Columns
 from .distributed import Processes, update_together
 from .hooks import ColumnHooks, _Hook, _unfollowable
@@ -603,8 +603,9 @@ class KFAC(torch.optim.Optimizer):
         G, A = inverses
         if columns is not None:
             return Product(*precondition_linear(columns.G, columns.A, G, A))
-        J = layer.gradient()
-        return cast(Tensor, precondition(_like(J, G), G, A))
+        # The dtypes differ where only the layer's input or gradient is float64.
+        J = layer.gradient().to(layer.factors["G"].dtype)
+        return cast(Tensor, precondition(J, G, A))
 
     def _apply(self, active: Sequence[Layer], by_columns: Mapping[str, Columns], hyper: HyperParameters) -> None:
         """Algorithm 1 l.15-19 with clip, weight decay and momentum."""
@@ -792,11 +793,6 @@ def _clip_factor(S: Step, clip: float) -> Tensor:
 def _scaled(S: Step, factor: Tensor) -> Step:
     """S times a 0-d tensor; a formed S is written to."""
     return S.scaled(factor) if isinstance(S, Product) else S.mul_(factor.to(S))
-
-
-def _like(J: Tensor, inverse: DampedInverse) -> Tensor:
-    """The gradient in the factors' dtype; they differ where only the layer's input or gradient is float64."""
-    return J.to(inverse.lowrank.D.dtype)
 
 
 def _names(linear_application: bool | Sequence[str]) -> tuple[str, ...]:
