@@ -433,7 +433,7 @@ def targets(table: pd.DataFrame) -> pd.DataFrame:
 
 def figure(table: pd.DataFrame, slopes: pd.DataFrame, title: str) -> Figure:
     """Shortest seconds against d, one panel a task."""
-    drawing = Figure(figsize=(9, 4.2), layout="constrained")
+    drawing = Figure(figsize=(9, 5.2), layout="constrained")
     fitted = dict(zip(slopes.way, slopes.exponent, strict=True))
     for axes, task in zip(drawing.subplots(1, 2, sharey=True), (UPDATE, APPLICATION), strict=True):
         for i, (way, part) in enumerate(table[table.task == task].groupby("way", sort=False)):
@@ -444,7 +444,7 @@ def figure(table: pd.DataFrame, slopes: pd.DataFrame, title: str) -> Figure:
         axes.set_title(task, fontsize=9)
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize=6)
+            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)  # over no curve
     drawing.axes[0].set_ylabel("seconds, shortest")
     drawing.suptitle(title, fontsize=9)
     return drawing
