@@ -55,6 +55,8 @@ class TrainingConfig:
         rank_scale: of the paper's ranks, for drivers that have one.
         continuation: of the spectrum, for drivers that have one.
         equal_rank: R-KFAC has rank r + n on the first FC layer, the rank at which the B- variants are applied.
+        amp: the network runs under autocast to bfloat16. Weights, gradients and all that optimizers make of them,
+            K-factors first of all, stay float32.
     """
 
     batch_size: int
@@ -71,6 +73,7 @@ class TrainingConfig:
     rank_scale: float = 1.0
     continuation: str = "min"
     equal_rank: bool = False
+    amp: bool = False
 
     def paper_epoch(self, epoch: int) -> int:
         """The epoch of the paper's 50 that stands for `epoch` in its schedules."""
@@ -230,7 +233,7 @@ class Training:
         torch.manual_seed(derived_seed(self.config.seed, Purpose.DROPOUT, self.k))
         self.optimizer.zero_grad()
         with record_function("studies.forward_backward"):
-            loss = F.cross_entropy(self.model(images), labels)
+            loss = F.cross_entropy(self._logits(images), labels)
             loss.backward()
         self.optimizer.step()
         self.k += 1
@@ -249,7 +252,7 @@ class Training:
         if self._permutation[0] != epoch:
             generator = torch.Generator().manual_seed(derived_seed(self.config.seed, Purpose.SHUFFLE, epoch))
             order = torch.randperm(len(self._train[0]), generator=generator)
-            self._permutation = (epoch, order.to(self.device))
+            self._permutation = (epoch, self._beside(order))
         size = self.config.batch_size
         chosen = self._permutation[1][position * size : (position + 1) * size]
         images, labels = self._train[0][chosen], self._train[1][chosen]
@@ -270,7 +273,7 @@ class Training:
         try:
             with torch.no_grad():
                 for images, labels in zip(*(x.split(_EVALUATION_BATCH) for x in self._test), strict=True):
-                    logits = self.model(self._normalised(images))
+                    logits = self._logits(self._normalised(images))
                     loss += F.cross_entropy(logits, labels, reduction="sum")
                     correct += (logits.argmax(1) == labels).sum()
         finally:
@@ -327,7 +330,20 @@ class Training:
         size = self.config.batch_size
         corners = torch.randint(2 * PADDING + 1, (2, size), generator=generator)
         mirror = torch.rand(size, generator=generator) < (0.5 if self._mirrored else 0.0)
-        return corners[0].to(self.device), corners[1].to(self.device), mirror.to(self.device)
+        tops, lefts, mirrored = self._beside(torch.cat([corners, mirror[None]]))
+        return tops, lefts, mirrored.bool()
+
+    def _beside(self, host: Tensor) -> Tensor:
+        """What was drawn on the host, on the device; pinned, for else the host would wait for the copy."""
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Of the network in its precision, in float32."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
+            logits: Tensor = self.model(images)
+        return logits.float()
 
     def _normalised(self, images: Tensor) -> Tensor:
         normalised = images.float() * self._scale + self._shift
