@@ -19,10 +19,10 @@ from figures.optimizers import (
     breakdown_table,
     epoch_times,
     epochs_to,
-    pilot_targets,
     render,
     table_1_times,
     table_2,
+    targets_by_rule,
 )
 from kfacerr.errors import InputError
 from studies import optimizers, timing
@@ -340,9 +340,9 @@ def test_the_accuracy_figure_has_a_curve_for_each_optimizer_in_both_panels() -> 
         assert np.asarray(curve.get_ydata())[0] == pytest.approx(50)
 
 
-def test_pilot_targets_follow_their_rule() -> None:
+def test_targets_by_rule_follow_their_rule() -> None:
     pilot = epochs_of({"sgd": [[0.2, 0.61]], "r-kfac": [[0.3, 0.704]], "b-kfac": [[0.9, 0.5]]})
-    assert pilot_targets(pilot) == (0.6, 0.65, 0.7)
+    assert targets_by_rule(pilot) == (0.6, 0.65, 0.7)
 
 
 # Claims.
