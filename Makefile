@@ -5,8 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 OUT ?= runs/digits
+# For `make gpu`: a bare machine's Python, what was carried there, and where the packed results are left.
+GPU_DATA ?= .gpu
+GPU_OUT ?= runs/gpu
+PACK ?= $(GPU_OUT)/packed
+TIME_LIMIT ?= 540
 
-.PHONY: study test lint format figures docs clean
+.PHONY: study test lint format figures docs clean gpu gpu-dry-run
 
 study: $(STAMP)
 	$(BIN)/python -m studies.inverse_errors --preset digits --jobs 2 --resume --out $(OUT)
@@ -39,6 +44,17 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[studies,dev]'
 	touch $@
+
+# Needs nothing but the machine: no network, no environment; wheels carried in .whl fill in what it lacks.
+gpu:
+	@if ! $(PYTHON) -c 'import array_api_compat' 2>/dev/null && ls .whl/*.whl >/dev/null 2>&1; then \
+	    $(PYTHON) -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+	        --target build/site .whl/*.whl; fi
+	PYTHONPATH=build/site$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m studies.gpu --data $(GPU_DATA) --accept-modified-data --out $(GPU_OUT) \
+	    --pack $(PACK) --time-limit $(TIME_LIMIT) --resume
+
+gpu-dry-run: $(STAMP)
+	$(BIN)/python -m studies.gpu --small --data $(GPU_DATA) --out runs/gpu-dry-run --time-limit 300 --resume
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -69,7 +69,8 @@ def open_output(out: Path, config: dict[str, Any], resume: bool) -> None:
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: not readable as a study's configuration: {error}") from None
         for key, value in config.items():
-            if there.get(key) != value:
+            # A switch that did not exist yet was off.
+            if there.get(key, False if value is False else None) != value:
                 raise InputError(f"{path}: {key} is {there.get(key)} there and {value} here")
     else:
         write_text(path, json.dumps(config, indent=2) + "\n")

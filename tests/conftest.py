@@ -43,7 +43,7 @@ class Backend:
         return np.asarray(to_numpy(array), dtype=np.float64)
 
 
-def _backend(name: str) -> Backend:
+def backend(name: str) -> Backend:
     match name:
         case "numpy":
             return Backend(name, np)
@@ -58,7 +58,7 @@ def _backend(name: str) -> Backend:
             return Backend(name, torch, "cuda")
         case _:
             cupy = pytest.importorskip("cupy")
-            if cupy.cuda.runtime.getDeviceCount() == 0:
+            if not cupy.cuda.is_available():
                 pytest.skip("CuPy sees no CUDA device")
             return Backend(name, cupy)
 
@@ -75,10 +75,10 @@ BACKENDS = [
 @pytest.fixture(scope="session", params=BACKENDS)
 def xp(request: pytest.FixtureRequest) -> Backend:
     """Every array backend at hand; those that are not are skipped."""
-    return _backend(request.param)
+    return backend(request.param)
 
 
 @pytest.fixture(scope="session", params=["numpy", "torch"])
 def fast_xp(request: pytest.FixtureRequest) -> Backend:
     """The two CPU backends that compute fast, for long streams."""
-    return _backend(request.param)
+    return backend(request.param)

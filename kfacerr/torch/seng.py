@@ -317,6 +317,8 @@ class SENG(torch.optim.Optimizer):
             entries of W in layers below the threshold, too; here these stay exact and only take that rho.
         layers: the names, as in `model.named_modules()`, of the layers to precondition; all that can be, by
             default.
+        skip_nonfinite: look at every step for NaN and Inf, which makes the host wait for the device. Without it,
+            only steps that refresh the curvature are looked at.
         params: parameters or parameter groups, as for any optimizer; `model.parameters()` by default.
         seed: of the sampling, which disturbs no other random numbers.
 
@@ -339,6 +341,7 @@ class SENG(torch.optim.Optimizer):
         svd_rank: int | None = 16,
         official_scaling: bool = False,
         layers: Sequence[str] | None = None,
+        skip_nonfinite: bool = True,
         params: Iterable[Any] | None = None,
         seed: int = 0,
     ) -> None:
@@ -355,6 +358,7 @@ class SENG(torch.optim.Optimizer):
         self.im_size_threshold = im_size_threshold
         self.svd_rank = svd_rank
         self.official_scaling = official_scaling
+        self.skip_nonfinite = skip_nonfinite
         self._modules = _followed_modules(model, layers)
         self._generator = torch.Generator().manual_seed(seed)
         self._curvature: dict[str, Curvature] = {}
@@ -400,7 +404,7 @@ class SENG(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         captures, self._captures = self._captures, {}
-        if not self._finite_gradients():
+        if (self.skip_nonfinite or self._due) and not self._finite_gradients():
             log.warning("SENG: step %d is skipped, its gradients are not finite", self._steps)
             return loss
         if self._due:
