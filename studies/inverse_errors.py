@@ -15,7 +15,6 @@ that was not.
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,13 +43,12 @@ from studies.running import (
     Stop,
     add_data_arguments,
     add_job_arguments,
-    check_jobs,
+    begin,
     command,
     in_parallel,
-    load_dataset,
-    open_output,
     run_job,
     verdict,
+    with_seeds,
     write_csv,
 )
 from studies.training import Training, find_driver
@@ -348,25 +346,13 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.monitor:
         return _monitor(arguments)
-    preset = PRESETS[arguments.preset]
-    if arguments.seed:
-        preset = dataclasses.replace(preset, seeds=tuple(dict.fromkeys(arguments.seed)))
+    if arguments.driver and arguments.trajectory == "own":
+        raise InputError("--driver is for the shared trajectory: on its own each algorithm drives itself")
+    preset = with_seeds(PRESETS[arguments.preset], arguments)
     if arguments.driver:
         preset = dataclasses.replace(preset, driver=arguments.driver)
-    _check(arguments, preset)
-    dataset = load_dataset(
-        preset.dataset,
-        arguments.data,
-        accept_modified=arguments.accept_modified_data,
-        n_train=preset.n_train,
-    )
-    config = json.loads(json.dumps(dataclasses.asdict(preset))) | {
-        "data": dataset.name,
-        "layer": LAYER,
-        "trajectory": arguments.trajectory,
-    }
-    open_output(arguments.out, config, arguments.resume)
-    stop = Stop(arguments.out / "state" / "stopped", arguments.time_limit, arguments.step_limit)
+    find_driver(preset.driver)
+    dataset, stop = begin(arguments, preset, layer=LAYER, trajectory=arguments.trajectory)
     jobs = [
         joblib.delayed(run_seed)(
             preset, dataset, seed, own, arguments.device, arguments.out, arguments.record, stop
@@ -391,14 +377,6 @@ def _monitor(arguments: argparse.Namespace) -> int:
     if arguments.record or arguments.driver or arguments.trajectory == "own":
         raise InputError("--monitor goes with none of --record, --driver and --trajectory own")
     return run(arguments)
-
-
-def _check(arguments: argparse.Namespace, preset: Preset) -> None:
-    """Refuses what would fail later, before anything is written to DIR."""
-    check_jobs(arguments, preset.seeds)
-    find_driver(preset.driver)
-    if arguments.driver and arguments.trajectory == "own":
-        raise InputError("--driver is for the shared trajectory: on its own each algorithm drives itself")
 
 
 def run_seed(

@@ -10,8 +10,6 @@ the bounds, where an algorithm has one), spectrum.csv, overhead.csv, monitor.pdf
 """
 
 import argparse
-import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -36,13 +34,12 @@ from studies.running import (
     Stop,
     add_data_arguments,
     add_job_arguments,
-    check_jobs,
+    begin,
     command,
     in_parallel,
-    load_dataset,
-    open_output,
     run_job,
     verdict,
+    with_seeds,
     write_csv,
 )
 
@@ -149,19 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """The study, as the command line asks for it."""
-    preset = PRESETS[arguments.preset]
-    if arguments.seed:
-        preset = dataclasses.replace(preset, seeds=tuple(dict.fromkeys(arguments.seed)))
-    check_jobs(arguments, preset.seeds)
-    dataset = load_dataset(
-        preset.dataset,
-        arguments.data,
-        accept_modified=arguments.accept_modified_data,
-        n_train=preset.n_train,
-    )
-    config = json.loads(json.dumps(dataclasses.asdict(preset))) | {"data": dataset.name, "study": "monitor"}
-    open_output(arguments.out, config, arguments.resume)
-    stop = Stop(arguments.out / "state" / "stopped", arguments.time_limit, arguments.step_limit)
+    preset = with_seeds(PRESETS[arguments.preset], arguments)
+    dataset, stop = begin(arguments, preset, study="monitor")
     jobs = [
         joblib.delayed(_run_seed)(preset, dataset, seed, arguments.device, arguments.out, stop)
         for seed in preset.seeds

@@ -27,7 +27,6 @@ With Ray, or any other backend:
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -53,13 +52,12 @@ from studies.running import (
     Stop,
     add_data_arguments,
     add_job_arguments,
-    check_jobs,
+    begin,
     command,
     in_parallel,
-    load_dataset,
-    open_output,
     run_job,
     verdict,
+    with_seeds,
     write_csv,
 )
 from studies.timing import Timing, synchronize, time_drivers, write_timings
@@ -298,29 +296,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    preset = OPTIMIZER_PRESETS[arguments.preset]
-    if arguments.seed:
-        preset = dataclasses.replace(preset, seeds=tuple(dict.fromkeys(arguments.seed)))
+    if arguments.timing_only and arguments.no_timing:
+        raise InputError("--timing-only and --no-timing contradict each other")
+    preset = with_seeds(OPTIMIZER_PRESETS[arguments.preset], arguments)
     if arguments.equal_rank:
         preset = dataclasses.replace(preset, equal_rank=True)
     if arguments.continuation:
         preset = dataclasses.replace(preset, continuation=arguments.continuation)
     optimizers = tuple(dict.fromkeys(arguments.optimizers or TABLE_2))
-    _check(arguments, preset)
-    dataset = load_dataset(
-        preset.dataset,
-        arguments.data,
-        accept_modified=arguments.accept_modified_data,
-        n_train=preset.n_train,
-        n_test=preset.n_test,
+    dataset, stop = begin(
+        arguments, preset, n_test=preset.n_test, resume=arguments.timing_only, optimizers=list(optimizers)
     )
     out: Path = arguments.out
-    config = json.loads(json.dumps(dataclasses.asdict(preset))) | {
-        "data": dataset.name,
-        "optimizers": list(optimizers),
-    }
-    open_output(out, config, arguments.resume or arguments.timing_only)
-    stop = Stop(out / "state" / "stopped", arguments.time_limit, arguments.step_limit)
     timed = (*optimizers, *(TABLE_1 if set(optimizers) == set(TABLE_2) else ()))
     configs = {name: training_config(preset, name, preset.seeds[0], arguments.device) for name in timed}
     times = out / "state" / "timing"
@@ -360,13 +347,6 @@ def _saved(out: Path, optimizer: str, seed: int) -> Outcome:
     """A job as its checkpoint left it, if it has one."""
     path = checkpoint_path(out, optimizer, seed)
     return Outcome(job_name(optimizer, seed), load_checkpoint(path) if path.exists() else None)
-
-
-def _check(arguments: argparse.Namespace, preset: OptimizerPreset) -> None:
-    """Refuses what would fail later, before anything is written to DIR."""
-    check_jobs(arguments, preset.seeds)
-    if arguments.timing_only and arguments.no_timing:
-        raise InputError("--timing-only and --no-timing contradict each other")
 
 
 if __name__ == "__main__":

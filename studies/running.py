@@ -1,6 +1,7 @@
 """What studies share: their output folder, stopping and resuming, and the jobs that run side by side."""
 
 import argparse
+import dataclasses
 import json
 import math
 import signal
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import joblib
 import pandas as pd
@@ -31,6 +32,7 @@ __all__ = [
     "add_data_arguments",
     "add_job_arguments",
     "advance",
+    "begin",
     "check_at_least",
     "check_jobs",
     "command",
@@ -39,8 +41,11 @@ __all__ = [
     "open_output",
     "run_job",
     "verdict",
+    "with_seeds",
     "write_csv",
 ]
+
+T = TypeVar("T")
 
 CHECKPOINT_SECONDS = 300
 SIGNAL = "by a signal"
@@ -240,6 +245,36 @@ def _dask(address: str) -> Iterator[None]:
         raise InputError(f"--cluster {address}: no Dask scheduler answers there: {error}") from None
     with client:
         yield
+
+
+def with_seeds(preset: T, arguments: argparse.Namespace) -> T:
+    """The preset with the seeds that --seed names, if it names any."""
+    return dataclasses.replace(preset, seeds=tuple(dict.fromkeys(arguments.seed))) if arguments.seed else preset  # type: ignore[type-var]
+
+
+def begin(
+    arguments: argparse.Namespace, preset: Any, *, n_test: int | None = None, resume: bool = False, **what: Any
+) -> tuple[Dataset, "Stop"]:
+    """What every study of several jobs does before its first: the options checked, the data read, DIR opened.
+
+    Args:
+        arguments: of `add_data_arguments` and `add_job_arguments`.
+        preset: a dataclass with fields dataset, n_train and seeds.
+        n_test: test images used; None for all.
+        resume: go on with what DIR holds, whatever the options say.
+        what: what else config.json says beside the preset and the name of the data.
+    """
+    check_jobs(arguments, preset.seeds)
+    dataset = load_dataset(
+        preset.dataset,
+        arguments.data,
+        accept_modified=arguments.accept_modified_data,
+        n_train=preset.n_train,
+        n_test=n_test,
+    )
+    config = json.loads(json.dumps(dataclasses.asdict(preset) | {"data": dataset.name, **what}))
+    open_output(arguments.out, config, resume or arguments.resume)
+    return dataset, Stop(arguments.out / "state" / "stopped", arguments.time_limit, arguments.step_limit)
 
 
 def verdict(program: str, outcomes: Sequence[Outcome], out: Path) -> int:

@@ -16,7 +16,7 @@ from kfacerr import cli
 from kfacerr.algorithms import SEVEN
 from kfacerr.metrics import METRICS
 from kfacerr.recording import Recording
-from studies import inverse_errors
+from studies import inverse_errors, running
 from studies.drivers import DRIVERS
 from studies.presets import PRESETS, Preset
 from studies.running import Stop
@@ -180,7 +180,7 @@ def test_resuming_a_finished_study_changes_nothing(whole, capsys):
 def test_a_time_limit_stops_every_seed_and_leaves_a_resumable_state(whole, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     advance, stops = inverse_errors.SeedRun.advance, []
-    monkeypatch.setattr(inverse_errors, "Stop", lambda *a: stops.append(Stop(*a)) or stops[-1])
+    monkeypatch.setattr(running, "Stop", lambda *a: stops.append(Stop(*a)) or stops[-1])
 
     def timed(self):
         advance(self)
@@ -256,7 +256,7 @@ def test_an_impatient_user_gets_status_130_and_no_traceback(tmp_path, capsys, mo
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inverse_errors, "load_dataset", interrupted)
+    monkeypatch.setattr(running, "load_dataset", interrupted)
     assert _study(tmp_path / "out") == 130
     assert capsys.readouterr().err == "inverse_errors: interrupted\n"
 
