@@ -11,6 +11,7 @@ from figures.files import note, read_table, save_both
 from kfacerr.files import write_text
 from kfacerr.metrics import METRICS
 from kfacerr.plot import METRIC_LABELS, error_figure
+from kfacerr.replay import by_window
 
 __all__ = ["PAPER_TABLE_1", "render", "spectrum_figure", "table_1", "variants_figure"]
 
@@ -66,7 +67,7 @@ def table_1(errors: pd.DataFrame) -> pd.DataFrame:
 
     Columns: algorithm; for each metric "mean", "SD" and "paper"; "paper t_epoch (s)".
     """
-    last = errors[errors.epoch == errors.epoch.max()]
+    _, last = by_window(errors)[-1]
     averages = last.groupby(["algorithm", "metric", "seed"], sort=True).value.mean()
     rows = []
     for algorithm in dict.fromkeys(last.algorithm):
@@ -83,7 +84,7 @@ def table_1(errors: pd.DataFrame) -> pd.DataFrame:
 
 def variants_figure(errors: pd.DataFrame, title: str) -> Figure:
     """Each metric's average over the last window: a row an algorithm, a marker a spectrum continuation."""
-    last = errors[errors.epoch == errors.epoch.max()]
+    label, last = by_window(errors)[-1]
     averages = last.groupby(["algorithm", "metric", "continuation"]).value.mean()
     names = list(dict.fromkeys(last.algorithm))[::-1]
     figure = Figure(figsize=(6.8, 1.4 + 0.34 * len(names)), layout="constrained")
@@ -108,7 +109,7 @@ def variants_figure(errors: pd.DataFrame, title: str) -> Figure:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     continuations = [f"`{label}` continuation" for label in labels]
     figure.legend(handles, continuations, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
-    figure.suptitle(", ".join(filter(None, (title, f"epoch {errors.epoch.max()}"))), fontsize=8)
+    figure.suptitle(", ".join(filter(None, (title, label))), fontsize=8)
     return figure
 
 
