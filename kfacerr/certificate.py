@@ -31,14 +31,26 @@ at one damping |||(M~ + lam I)^-1 - (M + lam I)^-1||| <= |||f(|E|)||| in every u
 1988); it is attained where M~ E = 0. See `inverse_bound`, and `Certificate.continued` for a continuation.
 
 **Rounding.** All this is about exact arithmetic. `rounding` bounds, on the scale eps t_k, what the computed
-representation, its trace and the scalar recursions may be off by: every update adds `LOSS` eps t_k, and what is
-there decays as M does. It is part of every bound, so that a certificate holds for the computed estimate. Its
-constants are set from experience (about twice the most seen, see tests/test_certificate.py), not from a worst-case
-analysis. In float32 it is 1e-4 t_k at rho = 0.95 and r + n = 476: a certificate below that says "below rounding".
+representation, its trace and the scalar recursions may be off by: every update adds what its products and its EVD
+round, and what is there decays as M does. It is part of every bound, so that a certificate holds for the computed
+estimate.
+
+- Products: `LOSS` eps t_k. An entry of Y Y^T is off by about eps |y_i| |y_j| with a sign of its own, so that the
+  Frobenius norm of the whole is eps t_k and its nuclear norm at most m^(1/2) times that.
+- EVD of order m: `EVD_LOSS` m unit ||M~||_F. Each of its m Householder steps rounds by about unit ||M~||_F in a
+  direction of its own: m^(1/2) unit ||M~||_F in the Frobenius norm, and m^(1/2) times that in the nuclear norm. It
+  is the larger part where the spectrum decays and m is in the hundreds. Brand's EVDs are in float64 whatever the
+  dtype, so that `unit` is eps only where it is float64's.
+
+The constants are set from experience (about twice the most seen, see tests/test_certificate.py), not from a
+worst-case analysis. In float32 it is 1e-4 t_k at rho = 0.95 and r + n = 476: a certificate below that says "below
+rounding".
 """
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+import numpy as np
 
 from .backend import eps, namespace
 from .lowrank import LowRank
@@ -47,7 +59,12 @@ from .stream import Array
 __all__ = ["Certificate", "InverseBound"]
 
 LOSS = (24.0, 2.0)
-"""An update of m = r + n modes rounds M~ and t_k by at most (LOSS[0] + LOSS[1] m^(1/2)) eps t_k, nuclear norm."""
+"""The products of an update of m = r + n modes round M~ and t_k by (LOSS[0] + LOSS[1] m^(1/2)) eps t_k at most."""
+
+EVD_LOSS = 1.0
+"""An EVD of order m rounds M~ by at most EVD_LOSS m unit ||M~||_F, in the nuclear norm as all of `LOSS`."""
+
+FLOAT64 = float(np.finfo(np.float64).eps)
 
 
 class InverseBound(NamedTuple):
@@ -79,7 +96,13 @@ class Certificate:
 
     @classmethod
     def of_decomposition(
-        cls, low: LowRank, trace: Array, square: Array | None = None, *, memory: float = 1.0
+        cls,
+        low: LowRank,
+        trace: Array,
+        square: Array | None = None,
+        *,
+        memory: float = 1.0,
+        unit: float | None = None,
     ) -> "Certificate":
         """Of an estimate 0 <= M~ <= M.
 
@@ -88,10 +111,11 @@ class Certificate:
             trace: tr M.
             square: ||M||_F^2, if known.
             memory: 1/(1 - rho) where M and its trace came by (8): the number of updates whose rounding they hold.
+            unit: round-off of the EVD that gave M~; by default that of its dtype.
         """
         xp = namespace(low.D)
         nuclear = _missing(low, trace)
-        rounding = memory * _loss(low, trace)
+        rounding = memory * _loss(low, trace) + _evd_loss(low, eps(low.D) if unit is None else unit)
         frobenius = nuclear + rounding
         if square is not None:
             # Both squares are rounded on the scale of ||M||_F^2.
@@ -109,8 +133,8 @@ class Certificate:
             trace: tr M after the update.
         """
         xp = namespace(low.D)
-        rounding = decay * self.rounding + _loss(low, trace)
-        new = rounding - decay * self.rounding
+        new = _loss(low, trace) + _evd_loss(low, FLOAT64)
+        rounding = decay * self.rounding + new
         F, s, N = self.frobenius, self.spectral, self.nuclear + self.rounding
         if removed.shape[0] > 0:
             top, fro, nuc = xp.max(removed), xp.linalg.vector_norm(removed), xp.sum(removed)
@@ -217,5 +241,10 @@ def _missing(low: LowRank, trace: Array) -> Array:
 
 
 def _loss(low: LowRank, trace: Array) -> Array:
-    """What one update may round, in the nuclear norm."""
+    """What the products of one update may round, in the nuclear norm."""
     return (LOSS[0] + LOSS[1] * low.m**0.5) * eps(low.D) * trace
+
+
+def _evd_loss(low: LowRank, unit: float) -> Array:
+    """What the EVD of one update may round, in the nuclear norm."""
+    return EVD_LOSS * low.m * unit * namespace(low.D).linalg.vector_norm(low.D)

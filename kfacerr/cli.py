@@ -1,9 +1,14 @@
 """The command line: `kfacerr replay`, `kfacerr verify`, `kfacerr info`."""
 
 import argparse
+import itertools
+import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,15 +45,58 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status: 0, 1 if a claim fails, 2 after bad input, 130 after Ctrl-C."""
+    """Runs a command; returns its exit status.
+
+    0; 1 if a claim fails; 2 after bad input; 128 + the signal's number after Ctrl-C (130), SIGTERM, SIGHUP or a
+    closed pipe.
+    """
     arguments = _parser().parse_args(argv)
     try:
-        status: int | None = arguments.command(arguments)
+        # What overflows is found where it matters, in the results, and said once.
+        with _stoppable(), np.errstate(all="ignore"):
+            status: int | None = arguments.command(arguments)
+            sys.stdout.flush()
     except InputError as error:
         return _failed(str(error), error, 2)
+    except _Stopped as error:
+        return _failed(f"stopped by {error.signal.name}", error, 128 + error.signal)
     except KeyboardInterrupt as error:
         return _failed("interrupted", error, 130)
+    except BrokenPipeError:  # `kfacerr info | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141  # 128 + SIGPIPE
     return status or 0
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that asks to end, on the path of Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP raise `_Stopped`, once; a signal that is ignored (nohup) stays so."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # nothing is to interrupt the saving
+        raise _Stopped(number)
+
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        ours = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def _failed(message: str, error: BaseException, status: int) -> int:
@@ -96,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(command=_verify)
     verify.add_argument("recording", type=Path, metavar="REC", help="a K-factor recording (HDF5)")
     verify.add_argument("--layer", nargs="+", metavar="NAME", help="the layers to check (default: all)")
-    verify.add_argument("--rank", type=int, metavar="R", help="truncation rank r (default: min(n, d/4))")
+    verify.add_argument("--rank", type=int, metavar="R", help="truncation rank r (default: min(n, d/4, 50))")
     verify.add_argument("--rho", type=float, default=0.95, help="decay of the exponential average")
     verify.add_argument("--phi", type=float, default=0.1, help="damping ratio of the inverse certificates")
     verify.add_argument("--stretches", type=int, default=3, help="runs of updates that get the dense checks")
@@ -112,12 +160,17 @@ def _parser() -> argparse.ArgumentParser:
 # ---------------------------------------------------------------------------------------------------- info
 
 
-def _info(arguments: argparse.Namespace) -> None:
+def _info(arguments: argparse.Namespace) -> int:
     with Recording(arguments.recording) as recording:
         described = recording.info()
     print("{path}: {format} version {version}, {bytes:,} bytes".format(**described))
     layers = [_described(name, layer) for name, layer in described["layers"].items()]
-    print(pd.DataFrame(layers).to_markdown(index=False) if layers else "no layers")
+    faults = described["faults"]
+    if layers or not faults:
+        print(pd.DataFrame(layers).to_markdown(index=False) if layers else "no layers")
+    for fault in faults:
+        print(f"kfacerr: {fault}", file=sys.stderr)
+    return 2 if faults else 0
 
 
 def _described(name: str, layer: dict[str, Any]) -> dict[str, Any]:
@@ -132,10 +185,12 @@ def _described(name: str, layer: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _window(window: dict[str, int]) -> str:
-    """600+300 (epoch 15): first iteration, length, epoch, and how much of it is there if not all."""
+def _window(window: dict[str, int | None]) -> str:
+    """600+300 (epoch 15): first iteration, length, epoch, and how much of it is there if not all, from where."""
     missing = "" if window["recorded"] == window["length"] else f", {window['recorded']} recorded"
-    return f"{window['start']}+{window['length']} (epoch {window['epoch']}{missing})"
+    first = window["first_recorded"]
+    late = "" if first in (None, window["start"]) else f" from {first} on"
+    return f"{window['start']}+{window['length']} (epoch {window['epoch']}{missing}{late})"
 
 
 # -------------------------------------------------------------------------------------------------- verify
@@ -177,8 +232,7 @@ def _report(report: Report) -> str:
 
 def _replay(arguments: argparse.Namespace) -> None:
     convert = _BACKENDS[arguments.backend](arguments.dtype)
-    for path in filter(None, (arguments.out, arguments.plot)):
-        _check_output(path, arguments.recording)
+    _check_outputs(arguments.recording, arguments.out, arguments.plot)
     if arguments.plot is not None:
         check_format(arguments.plot)
     settings = Settings(
@@ -200,7 +254,7 @@ def _replay(arguments: argparse.Namespace) -> None:
             continuations=(arguments.continuation,),
             damping=arguments.damping,
         )
-        frame = table(_measure(study, layer, convert, arguments))
+        frame = table(_measure(study, layer, convert, arguments), layer.windows)
         _write_table(arguments.out, frame)
         if arguments.plot is not None:
             figure = error_figure(frame, METRICS, block=layer.update_every, title=f"layer {layer.name}")
@@ -208,16 +262,29 @@ def _replay(arguments: argparse.Namespace) -> None:
     print(averages(frame).to_markdown(index=False, floatfmt=".3g"))
 
 
-def _check_output(path: Path, recording: Path) -> None:
+def _check_outputs(recording: Path, out: Path, plot: Path | None) -> None:
     """Refuses before the work what would fail, or do harm, after it."""
+    files = {"the recording itself": recording, "--out": out, "--plot": plot, "kept by --out": _partial(out)}
+    named = {what: path for what, path in files.items() if path is not None}
+    for path in filter(None, (out, plot)):
+        _check_output(path)
+    for (what, path), (_, other) in itertools.combinations(named.items(), 2):
+        if path.resolve() == other.resolve():
+            raise InputError(f"{other}: is {what}, another name is needed")
+
+
+def _check_output(path: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist")
     if path.is_dir():
         raise InputError(f"{path}: is a folder, a file's name is needed")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: the folder {path.parent} is not writable")
-    if path.resolve() == recording.resolve():
-        raise InputError(f"{path}: is the recording itself")
+
+
+def _partial(out: Path) -> Path:
+    """Where rows are kept if something goes wrong."""
+    return out.with_name(out.name + ".partial")
 
 
 def _write_table(path: Path, frame: pd.DataFrame) -> None:
@@ -238,8 +305,8 @@ def _measure(
                 raise InputError(f"{where}, {error}") from None
     except BaseException as error:
         if rows:
-            kept = arguments.out.with_name(arguments.out.name + ".partial")
-            _write_table(kept, table(rows))
+            kept = _partial(arguments.out)
+            _write_table(kept, table(rows, layer.windows))
             error.add_note(f"the {len(rows)} rows computed so far are in {kept}")
         raise
     if not rows:
@@ -248,14 +315,29 @@ def _measure(
 
 
 def _steps(layer: LayerRecording, convert: Callable[[np.ndarray], Array], phi: float | None) -> Iterator[Step]:
+    """The stream, its columns brought near 1 by one power of 2 for each factor.
+
+    That is exact and no metric depends on it, while products of columns, inverses and their squares stay far from
+    the limits of float32.
+    """
+    units: dict[str, int] = {}  # powers of 2, each of the first columns that are not zero
     for step in layer.steps():
-        yield step._replace(A=convert(step.A), G=convert(step.G), phi=step.phi if phi is None else None)
+        columns = {"A": step.A, "G": step.G}
+        for name, X in columns.items():
+            if name not in units and X.any():
+                units[name] = -math.frexp(float(np.max(np.abs(X))))[1]
+        A, G = (convert(np.ldexp(X, units.get(name, 0))) for name, X in columns.items())
+        yield step._replace(A=A, G=G, phi=step.phi if phi is None else None)
 
 
 def averages(frame: pd.DataFrame) -> pd.DataFrame:
-    """The mean of every metric over each window, algorithms in their order (the error columns of Table 1)."""
+    """The mean of every metric over each window, algorithms in their order (the error columns of Table 1).
+
+    `window`, its first iteration, is a column if it is one of the table's.
+    """
     order = list(dict.fromkeys(frame.algorithm))
-    mean = frame.groupby(["epoch", "algorithm", "metric"]).value.mean().unstack()
+    window = [name for name in ("epoch", "window") if name in frame]
+    mean = frame.groupby([*window, "algorithm", "metric"]).value.mean().unstack()
     return mean.reindex(order, level="algorithm")[list(METRICS)].reset_index()
 
 

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 
 from .errors import InputError
 from .files import write_atomically
+from .replay import by_window
 
 __all__ = ["METRIC_LABELS", "check_format", "error_curves", "error_figure", "save", "style"]
 
@@ -57,20 +58,19 @@ def style(algorithms: Sequence[str]) -> dict[str, tuple[str, Any]]:
     return styles
 
 
-def error_curves(frame: pd.DataFrame, metric: str, epoch: int, block: int) -> pd.DataFrame:
+def error_curves(frame: pd.DataFrame, metric: str, block: int) -> pd.DataFrame:
     """The curves of one panel: the error averaged over blocks of `block` iterations (T_updt, as in Figure 2).
 
     Args:
-        frame: the tidy table; `seed` is optional.
+        frame: the tidy table of one window; `seed` is optional.
         metric: one of the four.
-        epoch: the window's.
         block: iterations averaged.
 
     Returns:
         Columns algorithm, iteration (the block's first, counted from the window's start), mean over seeds,
         low and high (smallest and largest over seeds).
     """
-    part = frame[(frame.metric == metric) & (frame.epoch == epoch)]
+    part = frame[frame.metric == metric]
     part = part.assign(iteration=(part.k - part.k.min()) // block * block)
     if "seed" not in part:
         part = part.assign(seed=0)
@@ -99,20 +99,20 @@ def error_figure(frame: pd.DataFrame, metrics: Sequence[str], *, block: int = 10
     """Figure 1 (metrics (1), (2)) or Figure 2 (metrics (3), (4)): log scale, mean over seeds, band min to max.
 
     Args:
-        frame: tidy table with columns algorithm, k, metric, value, epoch and optionally seed.
+        frame: tidy table with columns algorithm, k, metric, value, epoch and optionally window and seed.
         metrics: the columns of the figure.
         block: iterations averaged, T_updt.
         title: one line above the figure.
     """
-    epochs = sorted(frame.epoch.unique())
+    windows = by_window(frame)
     algorithms = list(dict.fromkeys(frame.algorithm))
     styles = style(algorithms)
-    figure = Figure(figsize=(2.6 * len(metrics), 1.7 * len(epochs) + 0.8), layout="constrained")
-    axes = figure.subplots(len(epochs), len(metrics), squeeze=False, sharex=True)
-    for row, epoch in enumerate(epochs):
+    figure = Figure(figsize=(2.6 * len(metrics), 1.7 * len(windows) + 0.8), layout="constrained")
+    axes = figure.subplots(len(windows), len(metrics), squeeze=False, sharex=True)
+    for row, (label, window) in enumerate(windows):
         for column, metric in enumerate(metrics):
             ax = axes[row, column]
-            curves = error_curves(frame, metric, epoch, block)
+            curves = error_curves(window, metric, block)
             for name in algorithms:
                 curve = curves[curves.algorithm == name]
                 if curve.empty:
@@ -131,10 +131,10 @@ def error_figure(frame: pd.DataFrame, metrics: Sequence[str], *, block: int = 10
             ax.margins(x=0)
             if row == 0:
                 ax.set_title(METRIC_LABELS.get(metric, metric), fontsize=8)
-            if row == len(epochs) - 1:
+            if row == len(windows) - 1:
                 ax.set_xlabel("iteration in the window", fontsize=8)
             if column == 0:
-                ax.set_ylabel(f"epoch {epoch}", fontsize=8)
+                ax.set_ylabel(label, fontsize=8)
     handles = [Line2D([], [], color=c, linestyle=s, linewidth=1.0, label=name) for name, (c, s) in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     if title:

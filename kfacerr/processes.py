@@ -11,7 +11,7 @@ import numpy as np
 
 from .backend import namespace
 from .brand import carried, symmetric_brand
-from .certificate import Certificate
+from .certificate import FLOAT64, Certificate
 from .correction import correct
 from .errors import InputError
 from .lowrank import LowRank
@@ -216,7 +216,8 @@ class Brand(Process):
         if self.estimate is None:
             # M_B,0 = X_0 X_0^T: exact thin factorisation of the first columns.
             self.estimate = Estimate(symmetric_brand(None, X), mean_square(X))
-            self._certificate = Certificate.of_decomposition(self.estimate.lowrank, self.estimate.trace)
+            low, trace = self.estimate.lowrank, self.estimate.trace
+            self._certificate = Certificate.of_decomposition(low, trace, unit=FLOAT64)
             return True
         decay, W = self.rho, (1 - self.rho) ** 0.5 * X
         if self._waiting is not None:
@@ -375,6 +376,8 @@ class BrandCorrected(Brand):
         assert factor is not None and self.estimate is not None and self.rng is not None
         modes = self.estimate.lowrank.m
         count = min(round(self.phi_corct * self.rank), modes)  # n_crc
+        if count == 0:  # nothing is corrected, and what was certain stays so
+            return
         idx = self.rng.choice(modes, size=count, replace=False)
         self.estimate = Estimate(correct(self.estimate.lowrank, factor.M, idx), self.estimate.trace)
         self._certificate = CORRECTED

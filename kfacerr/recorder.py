@@ -28,6 +28,7 @@ from .recording import (
     check_windows,
     closed_on_error,
     first_line,
+    layer_groups,
     listed,
     open_file,
     series_names,
@@ -235,13 +236,14 @@ class RecordingWriter:
         if not self.partial.exists():
             if not self.path.exists():
                 raise InputError(f"{self.partial}: nothing to resume, no such file")
-            Recording(self.path).close()  # a foreign or damaged file is refused before it is renamed
+            with Recording(self.path) as finished:  # a foreign or damaged file is refused before it is renamed
+                for layer in finished.layers:
+                    finished.layer(layer)
             os.replace(self.path, self.partial)
         file = open_file(self.partial, "r+")
         with closed_on_error(file, self.partial):
-            for layer, group in file["layers"].items():
-                if isinstance(group, h5py.Group) and "k" in group:
-                    _cut(group, _intact_steps(group))
+            for layer, group in layer_groups(file).items():
+                _cut(group, _intact_steps(group))
                 steps = LayerRecording(self.partial, layer, group).k  # refuses what a reader would refuse
                 if not all(group[name].maxshape[0] is None for name in series_names(group)):
                     raise InputError(f"{self.partial}: layer {layer!r} has datasets of fixed length")

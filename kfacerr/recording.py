@@ -10,7 +10,8 @@ The layout (format "kfacerr-recording", version 1), which any program may write:
         windows        (W, 3) int64 rows: first k, length in iterations, epoch
         phi            (N,) float64, optional damping ratio of each iteration
 
-Further attributes and datasets are ignored. Steps outside the windows need only be there where `update` is 1.
+Further attributes, datasets and groups are ignored, also in /layers: a layer is a group that has k, A or G.
+Steps outside the windows need only be there where `update` is 1.
 
 `kfacerr.recorder` writes it.
 """
@@ -40,7 +41,8 @@ _UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError)  # what h
 class Recording:
     """Reads a recording, this package's or any other program's in the same layout; a context manager.
 
-    Everything but the columns is validated on opening; the columns are read and checked step by step.
+    A layer's description is validated when the layer is asked for, so that one bad layer spoils no other; its
+    columns are read and checked step by step.
 
     Args:
         path: the HDF5 file, finished or partial.
@@ -57,24 +59,35 @@ class Recording:
         self.path = Path(path)
         self._file = open_file(self.path, "r")
         with closed_on_error(self._file, self.path):
-            groups = self._file["layers"].items()
-            self._layers = {name: LayerRecording(self.path, name, group) for name, group in groups}
-        self.layers = list(self._layers)
+            self._groups = layer_groups(self._file)
+        self._layers: dict[str, LayerRecording] = {}
+        self.layers = list(self._groups)
 
     def layer(self, name: str) -> "LayerRecording":
-        """The named layer; an InputError lists those there are."""
+        """The named layer, validated; an InputError names its fault, or lists the layers there are."""
+        if name not in self._groups:
+            hint = " (layer names must not contain '/')" if "/" in name else ""
+            raise InputError(f"{self.path}: no layer {name!r}; there are {listed(self.layers)}{hint}")
         if name not in self._layers:
-            raise InputError(f"{self.path}: no layer {name!r}; there are {listed(self.layers)}")
+            with _in_one_line(self.path):
+                self._layers[name] = LayerRecording(self.path, name, self._groups[name])
         return self._layers[name]
 
     def info(self) -> dict[str, Any]:
-        """What the file holds, as plain values that JSON can take."""
+        """What the file holds, as plain values that JSON can take; `faults` are those of the other layers."""
+        layers, faults = {}, []
+        for name in self.layers:
+            try:
+                layers[name] = self.layer(name).info()
+            except InputError as error:
+                faults.append(str(error))
         return {
             "path": str(self.path),
             "format": FORMAT,
             "version": VERSION,
             "bytes": self.path.stat().st_size,
-            "layers": {name: layer.info() for name, layer in self._layers.items()},
+            "layers": layers,
+            "faults": faults,
         }
 
     def close(self) -> None:
@@ -123,8 +136,10 @@ class LayerRecording:
 
     def recorded(self, window: Window) -> int:
         """The number of a window's iterations that are there; fewer than its length in an interrupted run."""
-        inside = (self.k >= window.start) & (self.k < window.start + window.length)
-        return int(inside.sum())
+        return len(self._inside(window))
+
+    def _inside(self, window: Window) -> np.ndarray:
+        return self.k[(self.k >= window.start) & (self.k < window.start + window.length)]
 
     def steps(self) -> Iterator[Step]:
         """The stream, one step in memory at a time, columns as float32 (float64 where that is stored).
@@ -153,7 +168,15 @@ class LayerRecording:
             "first_k": int(self.k[0]) if len(self) else None,
             "last_k": int(self.k[-1]) if len(self) else None,
             "has_phi": self.has_phi,
-            "windows": [{**w._asdict(), "recorded": self.recorded(w)} for w in self.windows],
+            "windows": [self._window(w) for w in self.windows],
+        }
+
+    def _window(self, window: Window) -> dict[str, int | None]:
+        there = self._inside(window)
+        return {
+            **window._asdict(),
+            "recorded": len(there),
+            "first_recorded": int(there[0]) if len(there) else None,
         }
 
 
@@ -178,13 +201,34 @@ def open_file(path: Path, mode: str) -> h5py.File:
 def closed_on_error(file: h5py.File, path: Path) -> Iterator[None]:
     """Closes the file if its inspection fails, and says in one line what h5py says in many."""
     try:
-        yield
+        with _in_one_line(path):
+            yield
     except InputError:
         file.close()
         raise
+
+
+@contextmanager
+def _in_one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
     except _UNREADABLE as error:
-        file.close()
         raise InputError(f"{path}: truncated or damaged: {first_line(error)}") from error
+
+
+def layer_groups(file: h5py.File) -> dict[str, Any]:
+    """The layers' groups by name, not validated; whatever else is in /layers is left out.
+
+    `get` is None for a link that leads nowhere.
+    """
+    found = {name: file["layers"].get(name) for name in file["layers"]}
+    return {
+        name: group
+        for name, group in found.items()
+        if isinstance(group, h5py.Group) and any(part in group for part in ("k", "A", "G"))
+    }
 
 
 def _check_root(file: h5py.File, path: Path) -> None:
@@ -209,11 +253,9 @@ def _read_datasets(
 ) -> tuple[Any, Any, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """A and G as datasets; k, update, phi and the windows' rows as arrays; all of them validated."""
     required = ("k", "update", "A", "G", "windows")
-    is_group = isinstance(group, h5py.Group)
-    missing = [name for name in required if not (is_group and isinstance(group.get(name), h5py.Dataset))]
+    missing = [name for name in required if not isinstance(group.get(name), h5py.Dataset)]
     if missing:
-        hint = " (layer names must not contain '/')" if len(missing) == len(required) else ""
-        raise InputError(f"{where} lacks {', '.join(missing)}{hint}")
+        raise InputError(f"{where} lacks {', '.join(missing)}")
     for name in "AG":
         if group[name].ndim != 3 or group[name].dtype.kind != "f" or 0 in group[name].shape[1:]:
             raise InputError(
@@ -222,12 +264,12 @@ def _read_datasets(
     if group["A"].shape[2] != group["G"].shape[2]:
         raise InputError(f"{where}: A has {group['A'].shape[2]} columns a step, G has {group['G'].shape[2]}")
     phi = group.get("phi")
-    kinds = {"k": "iu", "update": "iub"} | ({} if phi is None else {"phi": "f"})
+    kinds = {"k": "iu", "update": "iub"} | ({} if phi is None else {"phi": "fiu"})
     for name, allowed in kinds.items():
         if not isinstance(group[name], h5py.Dataset):
             raise InputError(f"{where}: {name} is not a dataset")
         if group[name].ndim != 1 or group[name].dtype.kind not in allowed:
-            expected = "floating" if allowed == "f" else "integer"
+            expected = "real" if name == "phi" else "integer"
             raise InputError(
                 f"{where}: {name} must be {expected} (N,), is {group[name].dtype} {group[name].shape}"
             )
@@ -263,7 +305,9 @@ def _read_phi(phi: Any, k: np.ndarray, where: str) -> np.ndarray | None:
 
 
 def check_windows(rows: np.ndarray, where: str) -> None:
-    """Windows are integer rows (first k >= 0, length >= 1, epoch) that do not overlap."""
+    """Windows are integer rows (first k >= 0, length >= 1, epoch) that do not overlap; nothing at all is none."""
+    if rows.shape == (0,):  # as some programs write an empty table
+        return
     if rows.ndim != 2 or rows.shape[1] != 3 or rows.dtype.kind not in "iu":
         raise InputError(f"{where}: windows must be integer (W, 3), is {rows.dtype} {rows.shape}")
     windows = to_windows(rows)
@@ -280,11 +324,11 @@ def to_windows(rows: np.ndarray) -> list[Window]:
 
 
 def _read_integer(owner: Any, attribute: str, where: str, least: int) -> int:
-    """An integer or boolean attribute, also where it was written as an array of one element."""
+    """A whole number, whatever type it was written in, also as an array of one element."""
     if attribute not in owner.attrs:
         raise InputError(f"{where} lacks the attribute {attribute}")
     value = np.asarray(owner.attrs[attribute])
-    if value.size != 1 or value.dtype.kind not in "iub" or value.item() < least:
+    if value.size != 1 or value.dtype.kind not in "iubf" or value.item() < least or value.item() % 1 != 0:
         raise InputError(f"{where}: attribute {attribute} must be an integer >= {least}, is {value.tolist()!r}")
     return int(value.item())
 

@@ -1,10 +1,13 @@
 """From a stream of one layer to the tidy table of errors (§4.2): the shared trajectory.
 
 All algorithms watch the same columns. At each window's start every algorithm's periods are counted anew, so that
-its heaviest update falls on the window's first step. Before a window, processes with a memory (B-KFAC, B-KFAC-C)
-run on the whole stream; those whose heaviest update depends on the EA factor alone start with the window.
+its heaviest update falls on the window's first step. Where a stream lacks that one, it is the first there is,
+which must then be an update: one that was due in between may be missing too, and M_k would be of an earlier time.
+Before a window, processes with a memory (B-KFAC, B-KFAC-C) run on the whole stream; those whose heaviest update
+depends on the EA factor alone start with the window.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +32,7 @@ from .process import EAFactor, Estimate, Process
 from .processes import BrandRsvd, Rsvd
 from .stream import Array, Step, Window
 
-__all__ = ["DAMPINGS", "ErrorStudy", "Row", "table"]
+__all__ = ["DAMPINGS", "ErrorStudy", "Row", "by_window", "table"]
 
 DAMPINGS = ("own", "common")
 """lam = phi * lambda_max of each method's own representation, or the reference's lam for all."""
@@ -46,9 +49,27 @@ class Row(NamedTuple):
     continuation: str
 
 
-def table(rows: Iterable[Row]) -> pd.DataFrame:
-    """The rows as a tidy data frame."""
-    return pd.DataFrame(list(rows), columns=list(Row._fields))
+def table(rows: Iterable[Row], windows: Sequence[Window] = ()) -> pd.DataFrame:
+    """The rows as a tidy data frame; with a column `window`, its first iteration, where windows are given."""
+    frame = pd.DataFrame(list(rows), columns=list(Row._fields))
+    if not windows:
+        return frame
+    starts = np.sort([w.start for w in windows])
+    return frame.assign(window=starts[np.searchsorted(starts, frame.k, side="right") - 1])
+
+
+def by_window(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each window and what to call it, in the windows' order.
+
+    Windows are told apart by the columns epoch and `window`; a table without the latter has one an epoch.
+    """
+    if "window" not in frame:
+        return [(f"epoch {epoch}", part) for epoch, part in frame.groupby("epoch")]
+    several = frame.window.nunique() > frame.epoch.nunique()
+    return [
+        (f"epoch {epoch}, from {start}" if several else f"epoch {epoch}", part)
+        for (epoch, start), part in frame.groupby(["epoch", "window"])
+    ]
 
 
 class _Held(NamedTuple):
@@ -198,6 +219,8 @@ class ErrorStudy:
             return self._push(step)
         except InputError as error:
             raise InputError(f"iteration {step.k}: {error}") from None
+        except np.linalg.LinAlgError as error:  # overflow inside a decomposition
+            raise InputError(f"iteration {step.k}: {error}") from None
 
     def _push(self, step: Step) -> list[Row]:
         if step.k <= self.last_k:
@@ -208,10 +231,13 @@ class ErrorStudy:
         namespace(step.A, step.G)
         if step.A.shape[1] != step.G.shape[1]:
             raise InputError(f"A has {step.A.shape[1]} columns and G has {step.G.shape[1]}")
-        self.last_k = step.k
-
         window = self.window(step.k)
-        starts = window is not None and step.k == window.start
+        starts = window is not None and self.last_k < window.start  # the first step seen inside it
+        if window is not None and starts and step.k > window.start and not step.update:
+            raise InputError(
+                f"the window from {window.start} begins only here, at a step that does not update the EA factors"
+            )
+        self.last_k = step.k
         if starts:
             for process in self.processes:
                 process.restart(step.k)
@@ -221,7 +247,7 @@ class ErrorStudy:
                 side.run(step.k, columns[name], active)
             elif starts:
                 side.start(step.k)
-        return [] if window is None else self._measure(step, window)
+        return [] if window is None else self._measure(step, window, starts)
 
     def _check(self, name: str, X: Array) -> None:
         M = self.sides[name].factor.M
@@ -230,11 +256,10 @@ class ErrorStudy:
         if not bool(xp.all(xp.isfinite(X))):
             raise InputError(f"{name}: NaN or Inf in the columns")
 
-    def _measure(self, step: Step, window: Window) -> list[Row]:
+    def _measure(self, step: Step, window: Window, starts: bool) -> list[Row]:
         phi = self.phi if step.phi is None else step.phi
         A, G = self.sides["A"], self.sides["G"]
-        at_start = step.k == window.start
-        if step.update or at_start or phi != self._referred_phi or A.reference is None or G.reference is None:
+        if step.update or starts or phi != self._referred_phi or A.reference is None or G.reference is None:
             A.refer(phi)
             G.refer(phi)
             self._referred_phi = phi
@@ -249,10 +274,10 @@ class ErrorStudy:
                 P, Q = precondition_linear(step.G, step.A, g.inverse, a.inverse)
                 S = P @ Q.T
                 values = (a.error, g.error, norm_error(S, S_ref), angle_error(S, S_ref))
-                rows += [
-                    Row(name, step.k, metric, value, window.epoch, kind)
-                    for metric, value in zip(METRICS, values, strict=True)
-                ]
+                for metric, value in zip(METRICS, values, strict=True):
+                    if not math.isfinite(value):
+                        raise InputError(f"{name}: {metric} is {value}: beyond the range of {S.dtype}")
+                    rows.append(Row(name, step.k, metric, value, window.epoch, kind))
         return rows
 
     def spectrum(self, side: str) -> np.ndarray:

@@ -6,6 +6,8 @@ Two kinds of check, both on the K-factors A and G of a layer:
   footnote 11) and every certificate against dense matrices, at any d: `bounds.compress` turns the columns into
   short ones by an isometry, which changes no claim. It is exact; nothing is estimated. A stretch in the middle
   starts from the B-KFAC estimate there, M_0 = U D U^T, as a column block of its own: a p.s.d. matrix like others.
+  Where the matrices would have more than `ROWS` rows, a random choice of each update's columns stands for all:
+  a claim on any columns is a claim on those, and a violation found is one.
 - **The whole stream.** B-KFAC's certificate at every update, from `PROBES` Gaussian columns W whose products M_k W
   follow (8) without M_k. E = M - M~ is then known on W. What is checked: W^T E W is p.s.d.; E's Nyström
   approximation from E W, which is below E if E >= 0, exceeds no bound (both one-sided: a violation found is a
@@ -35,6 +37,10 @@ from .rsvd import nystrom, rsvd
 __all__ = ["Finding", "Report", "certificate_claims", "findings", "verify_layer"]
 
 PROBES = 16
+
+ROWS = 200
+"""Rows of a dense check's matrices at most, unless the rank asks for more: its cost is cubic in them."""
+
 ALARM = 1e-6
 """The chance of a false alarm in a layer's whole-stream trace checks."""
 
@@ -117,8 +123,7 @@ def certificate_claims(process: Process, M: np.ndarray, phi: float, where: str) 
     E = M - _dense(held.lowrank)
     top, d = float(np.linalg.norm(M, 2)), len(M)
     nuclear, rounding = float(known.nuclear), float(known.rounding)
-    # `holds` allows TOLERANCE eps scale, which is to be what the certificate says of rounding.
-    scale = max(float(np.trace(M)), rounding / (bounds.TOLERANCE * EPS))
+    scale = _scale(float(np.trace(M)), rounding)
     actual = bounds.norms(E)
     yield Psd("certificate: M - M~ p.s.d.", E, scale, where)
     yield Identity("certificate: nuclear norm = t - sum D", actual["nuclear"], nuclear, scale, where)
@@ -136,6 +141,14 @@ def certificate_claims(process: Process, M: np.ndarray, phi: float, where: str) 
     scale = d**0.5 * (1 + top / lam) / lam
     yield Inequality("certificate: inverse, spectral", inverse["spectral"], float(bound.spectral), scale, where)
     yield Inequality("certificate: inverse, Frobenius", inverse["Frobenius"], float(bound.frobenius), scale, where)
+
+
+def _scale(trace: float, rounding: float) -> float:
+    """`holds` allows TOLERANCE eps scale: what the certificate says of rounding, and the check's own beside it.
+
+    The check forms M and M~ by products, which round by 2 d^(1/2) eps t at most: TOLERANCE eps t at d = 1000.
+    """
+    return trace + rounding / (bounds.TOLERANCE * EPS)
 
 
 def _dense(low: LowRank) -> np.ndarray:
@@ -163,12 +176,14 @@ def stretch_claims(
     }
     factor = EAFactor(rho)
     for k, X in enumerate(columns):
+        before = None if brand.estimate is None else brand.estimate.lowrank
         for process in processes.values():
             process.begin(k, factor)
         factor.update(X)
         for name, process in processes.items():
             process.update(k, X, factor)
             yield from certificate_claims(process, factor.M, phi, f"{name}, k={k}")
+        yield brand_claim(brand, before, X, f"k={k}")
         if k == 0:
             continue
         assert brand.estimate is not None
@@ -176,6 +191,26 @@ def stretch_claims(
         idx = np.random.default_rng([seed, k]).choice(low.m, size=(min(rank, low.m) + 1) // 2, replace=False)
         after = correct(low, factor.M, idx)
         yield from bounds.correction(factor.M, _dense(low), _dense(after), low.U[:, idx])
+
+
+def brand_claim(brand: Brand, before: LowRank | None, X: np.ndarray, where: str) -> Claim:
+    """(10): the process's estimate after X is rho B + (1 - rho) X X^T, B the leading modes of that `before`.
+
+    One step at a time: where eigenvalues r and r + 1 are near, two sound runs of (10) part for good.
+    """
+    held, known = brand.estimate, brand.certificate
+    assert held is not None and known is not None
+    expected = X @ X.T
+    if before is not None:
+        expected = brand.rho * _dense(before.truncate(brand.rank)) + (1 - brand.rho) * expected
+    scale = _scale(float(held.trace), float(known.rounding))
+    return Identity("(10) by the Brand process", _dense(held.lowrank), expected, scale, where)
+
+
+def _chosen(X: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """(d, min(n, count)) of the columns of X, at random and in their order."""
+    n = X.shape[1]
+    return X if n <= count else X[:, np.sort(rng.choice(n, size=count, replace=False))]
 
 
 def _narrow(X: np.ndarray) -> np.ndarray:
@@ -234,10 +269,21 @@ class _Side:
     """One K-factor of a layer on its way through the recording."""
 
     def __init__(
-        self, name: str, d: int, rank: int, rho: float, phi: float, seed: int, starts: list[int], length: int
+        self,
+        name: str,
+        widths: tuple[int, int],
+        d: int,
+        rank: int,
+        rho: float,
+        phi: float,
+        seed: int,
+        starts: list[int],
+        length: int,
     ) -> None:
         self.name, self.rank, self.rho, self.phi, self.seed = name, rank, rho, phi, seed
+        self.whole, self.dense = widths  # columns of an update on the whole stream, and on a stretch
         self.starts, self.length = starts, length
+        self.rng = np.random.default_rng([seed, 1])
         self.brand = Brand(rank, rho=rho)
         self.probes = _Probes(d, rho, seed)
         self.open: list[tuple[int, int, list[np.ndarray]]] = []  # first iteration, end, columns
@@ -245,10 +291,11 @@ class _Side:
     def push(self, i: int, k: int, X: np.ndarray, checks: int) -> Iterator[tuple[str, Claim]]:
         """The i-th update, at iteration k."""
         check_columns(X, self.probes.W.shape[0])
-        X = _narrow(X.astype(np.float64))
+        X = _narrow(_chosen(X.astype(np.float64), self.whole, self.rng))
         if i in self.starts:
             held = self.brand.estimate
-            root = [] if held is None else [held.lowrank.U * np.sqrt(held.lowrank.D)[None, :]]
+            low = None if held is None else held.lowrank.truncate(self.rank + self.dense)
+            root = [] if low is None else [low.U * np.sqrt(low.D)[None, :]]
             self.open.append((k, i + self.length, root))
         self.brand.update(i, X, None)
         self.probes.update(X)
@@ -258,8 +305,9 @@ class _Side:
             yield f"{self.name}, iteration {k}", claim
 
         still = []
+        few = _chosen(X, self.dense, self.rng)
         for start, end, columns in self.open:
-            columns.append(X)
+            columns.append(few)
             if i + 1 < end:
                 still.append((start, end, columns))
                 continue
@@ -286,11 +334,11 @@ def verify_layer(
 
     Args:
         layer: of an open recording.
-        rank: truncation rank r of both factors; by default min(n, d/4) of each.
+        rank: truncation rank r of both factors; by default min(n, d/4) of each, and at most ROWS/4.
         rho: EA decay.
         phi: damping ratio of the inverse certificates.
         stretches: how many runs of updates get the dense checks, spread over the recording.
-        length: updates in each; by default 2 to 5, so that the matrices have at most about 600 rows.
+        length: updates in each; by default 2 to 5, by size.
         seed: of sketches, corrections and probes.
 
     Raises:
@@ -309,11 +357,11 @@ def verify_layer(
 
     sides: list[_Side] = []
     for name, d in (("A", layer.d_A), ("G", layer.d_G)):
-        r = rank or max(1, min(layer.n, d // 4))
-        width = min(layer.n, d)
-        steps = min(length or max(2, min(5, (600 - r) // width - 1)), len(updates))
+        r = rank or max(1, min(layer.n, d // 4, ROWS // 4))
+        steps = min(length or max(2, min(5, (ROWS - r) // min(layer.n, d) - 1)), len(updates))
+        widths = _widths(d, layer.n, r, steps)
         starts = sorted({round(x) for x in np.linspace(0, len(updates) - steps, stretches)})
-        sides.append(_Side(name, d, r, rho, phi, seed, starts, steps))
+        sides.append(_Side(name, widths, d, r, rho, phi, seed, starts, steps))
 
     def claims() -> Iterator[tuple[str, Claim]]:
         i = 0
@@ -331,10 +379,28 @@ def verify_layer(
     coverage = [
         f"{side.name} (d={side.probes.W.shape[0]}, r={side.rank}): all claims, densely and exactly, on "
         + ", ".join(_span(layer, updates, start, side.length) for start in side.starts)
+        + _share(side.dense, layer.n)
         + f"; B-KFAC's certificate at all {len(updates)} updates by {PROBES} random probes"
+        + _share(side.whole, layer.n)
         for side in sides
     ]
     return Report(layer.name, found, coverage)
+
+
+def _widths(d: int, n: int, rank: int, steps: int) -> tuple[int, int]:
+    """How many of an update's n columns the whole stream takes, and a stretch.
+
+    A stretch's matrices have min(d, r + (steps + 1) width) rows. The whole stream takes all columns while Brand
+    updates are cheaper than a dense EVD.
+    """
+    if d <= ROWS:
+        return n, n
+    few = min(n, max(ROWS // 8, (ROWS - rank) // (steps + 1)))
+    return n if rank + n < d else min(n, max(few, ROWS // 4)), few
+
+
+def _share(count: int, n: int) -> str:
+    return "" if count == n else f", on {count} of the {n} columns of each, drawn at random"
 
 
 def _span(layer: LayerRecording, updates: np.ndarray, start: int, length: int) -> str:

@@ -14,6 +14,7 @@ from scipy import stats
 
 from kfacerr.algorithms import SEVEN
 from kfacerr.metrics import METRICS
+from kfacerr.replay import by_window
 
 __all__ = ["CLAIMS", "judge"]
 
@@ -155,8 +156,8 @@ def judge(errors: pd.DataFrame, dataset: str) -> str:
     """claims.md: every claim under the paper's settings, at equal rank and with `trace`, with our numbers.
 
     Args:
-        errors: tidy table with columns algorithm, k, metric, value, epoch, continuation, seed; R-KFAC also at
-            rank r + n for the equal-rank comparison.
+        errors: tidy table with columns algorithm, k, metric, value, epoch, continuation, seed and optionally
+            window; R-KFAC also at rank r + n for the equal-rank comparison.
         dataset: what was trained on, for the heading.
     """
     seeds = errors.seed.nunique()
@@ -167,9 +168,9 @@ def judge(errors: pd.DataFrame, dataset: str) -> str:
         "A verdict is that of the mean curve over seeds; n of N counts the runs (seed, window) that agree.",
     ]
     windows = [
-        (f"{variant}, epoch {epoch}", _over_seeds(window), [Curves(run) for _, run in window.groupby("seed")])
+        (f"{variant}, {label}", _over_seeds(window), [Curves(run) for _, run in window.groupby("seed")])
         for variant, frame in _variants(errors).items()
-        for epoch, window in frame.groupby("epoch")
+        for label, window in by_window(frame)
     ]
     for name, claim in CLAIMS.items():
         text = " ".join((claim.__doc__ or "").split("\n")[0].split())

@@ -119,6 +119,21 @@ def test_long_streams_do_not_wear_a_certificate_out(dtype, name, rho):
             assert_holds(process.certificate, M - dense(process.estimate.lowrank, NUMPY), M)
 
 
+@pytest.mark.parametrize(("n", "r"), [(600, 30), (250, 50)])
+def test_what_an_evd_of_hundreds_of_modes_rounds_is_allowed_for(n, r):
+    """Dense where n >= d, else through a Gram matrix: where the spectrum decays, more than the products round."""
+    d, most = 600, 0.0
+    root = orthogonal(np.random.default_rng(0), d) * 0.85 ** np.arange(d)
+    columns = (root @ np.random.default_rng(k).standard_normal((d, n)) for k in range(2))
+    for _, M, process in run(Brand(r, rho=0.95), columns, 0.95, NUMPY):
+        certificate = process.certificate
+        E = np.linalg.eigvalsh(M - dense(process.estimate.lowrank, NUMPY))
+        error = abs(np.abs(E).sum() - float(certificate.nuclear)) / float(certificate.rounding)
+        assert -E[0] <= float(certificate.rounding)
+        most = max(most, error)
+    assert 0.1 < most < 0.75, "neither near a false alarm nor idle"
+
+
 def test_the_certificate_is_the_same_on_every_backend(xp):
     columns = stream(np.random.default_rng(5), d=12, n=2, steps=8, decay="slow decay")
     for make in CERTIFIED.values():
@@ -278,6 +293,15 @@ def test_the_order_does_fail_there():
 def test_an_sre_sketch_that_covers_the_space_is_certified():
     process = Rsvd(3, Sketch(np.random.default_rng(0), 99, 0, srevd), T_inv=1)
     *_, (_, M, _) = run(process, stream(np.random.default_rng(1), d=9, n=2, steps=4), 0.9, NUMPY)
+    assert_holds(process.certificate, M - dense(process.estimate.lowrank, NUMPY), M)
+
+
+def test_a_correction_of_no_mode_is_none():
+    """round(0.5 * 1) = 0 modes: the estimate is B-KFAC's, and so is its certificate."""
+    process = BrandCorrected(1, rho=0.9, T_corct=1, phi_corct=0.5, rng=np.random.default_rng(0))
+    columns = stream(np.random.default_rng(1), d=12, n=2, steps=4, decay="slow decay")
+    *_, (_, M, _) = run(process, columns, 0.9, NUMPY)
+    assert process.taken == 0
     assert_holds(process.certificate, M - dense(process.estimate.lowrank, NUMPY), M)
 
 

@@ -1,6 +1,7 @@
 """Each of the claims C1-C7 holds on a table built to satisfy it and fails on tables built to break it."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from kfacerr.algorithms import SEVEN
@@ -143,6 +144,16 @@ def test_a_window_that_an_interrupted_run_left_incomplete_is_not_judged():
         lines = [v for v in _verdicts(judge(errors, "synthetic"), claim) if "paper's" in v]
         assert "**holds**" in lines[0]
         assert lines[1] == "- paper's settings, epoch 30: the window is not complete"
+
+
+def test_windows_of_one_epoch_are_judged_apart():
+    first, second = (frame(curves(), seeds=1, epochs=(15,)) for _ in range(2))
+    second = second.assign(k=second.k + 5000)
+    errors = pd.concat([f.assign(window=f.k.min()) for f in (first, second)], ignore_index=True)
+    lines = _verdicts(judge(errors, "synthetic"), "C1")
+    where = [line.split(":")[0] for line in lines if "paper's" in line]
+    assert where == [f"- paper's settings, epoch 15, from {start}" for start in (15_000, 20_000)]
+    assert all("**holds**" in line for line in lines if "paper's" in line)
 
 
 def test_one_seed_is_called_one_seed():

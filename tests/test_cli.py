@@ -1,5 +1,6 @@
 """`kfacerr replay` and `kfacerr info` at the command line: the CSV contract, and one line for every bad input."""
 
+import signal
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 
 from kfacerr.algorithms import SEVEN
-from kfacerr.cli import main
+from kfacerr.cli import averages, main
 from kfacerr.metrics import METRICS
 from kfacerr.recorder import RecordingWriter
 from kfacerr.replay import ErrorStudy
@@ -276,6 +277,38 @@ def test_info_describes_every_layer_in_a_line(tmp_path, capsys):
     assert (rows["empty"]["iterations"], rows["empty"]["windows"]) == ("none", "none")
 
 
+def test_two_windows_of_one_epoch_are_two_rows(tmp_path, capsys):
+    windows = [Window(20, 10, 1), Window(60, 10, 1)]
+    frame = _replay(_ours(tmp_path / "r.h5", windows=windows), tmp_path / "e.csv", "--algorithms", "B-KFAC")
+    assert (frame.window == np.where(frame.k < 60, 20, 60)).all()
+    means = averages(frame)
+    assert list(means.window) == [20, 60]
+    for metric in METRICS:
+        rows = frame[(frame.metric == metric) & (frame.k < 60)]
+        assert means[metric].iloc[0] == pytest.approx(rows.value.mean())
+
+
+@pytest.mark.parametrize("exponent", [-40, -33, 40])
+def test_the_scale_of_the_columns_changes_no_row_in_float32(tmp_path, recording, exponent):
+    """1e-12 to 1e12: products of columns, inverses and their squares would leave the range."""
+    scaled = [s._replace(A=np.ldexp(s.A, exponent), G=np.ldexp(s.G, exponent)) for s in STEPS]
+    options = ("--dtype", "float32", "--algorithms", "B-KFAC", "K-FAC T_inv=50")
+    one = _replay(recording, tmp_path / "a.csv", *options)
+    two = _replay(_theirs(tmp_path / "r.h5", scaled), tmp_path / "b.csv", *options)
+    assert one.equals(two)
+
+
+def test_info_says_where_a_window_begins_late_and_goes_on_after_a_bad_layer(tmp_path, capsys):
+    path = _theirs(tmp_path / "r.h5", [s for s in STEPS if s.k != 20])
+    with h5py.File(path, "r+") as file:
+        file.copy("layers/fc", "layers/bad")
+        del file["layers/bad"].attrs["bias"]
+    assert main(["info", str(path)]) == 2
+    captured = capsys.readouterr()
+    assert "| fc " in captured.out and "20+60 (epoch 2, 59 recorded from 21 on)" in captured.out
+    assert captured.err == f"kfacerr: {path}: layer 'bad' lacks the attribute bias\n"
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 
 
@@ -337,11 +370,21 @@ def test_bad_value_is_named_in_one_line(tmp_path, recording, capsys, changes, me
     assert not list(tmp_path.iterdir())
 
 
+def test_a_metric_that_is_not_finite_is_one_line_and_no_warning(tmp_path, recording, capsys):
+    """1/lam is 1e300."""
+    line = _fails(capsys, recording, tmp_path / "e.csv", **{"--phi": "1e-300", "--algorithms": "B-KFAC"})
+    assert "ours.h5: layer 'fc', iteration 20: " in line
+
+
 def test_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, recording, capsys, monkeypatch):
     monkeypatch.setattr(ErrorStudy, "push", lambda *_: pytest.fail("nothing must be computed"))
     assert "nowhere does not exist" in _fails(capsys, recording, tmp_path / "nowhere" / "e.csv")
     assert "is a folder" in _fails(capsys, recording, tmp_path)
     assert "is the recording itself" in _fails(capsys, recording, recording)
+    figure = tmp_path / "e.pdf"
+    assert "e.pdf: is --out" in _fails(capsys, recording, figure, **{"--plot": str(figure)})
+    kept = _ours(tmp_path / "e.csv.partial")
+    assert "e.csv.partial: is the recording itself" in _fails(capsys, kept, tmp_path / "e.csv")
     monkeypatch.setattr("os.access", lambda *_: False)  # as root, no folder is closed
     assert "is not writable" in _fails(capsys, recording, tmp_path / "e.csv")
 
@@ -419,6 +462,34 @@ def test_ctrl_c_keeps_the_rows_and_exits_with_130(tmp_path, recording, capsys, m
     )
     assert sorted(set(pd.read_csv(f"{out}.partial").k)) == list(range(20, 40))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_end_keeps_the_rows_as_ctrl_c_does(tmp_path, recording, capsys, monkeypatch, name):
+    push, number = ErrorStudy.push, getattr(signal, name)
+
+    def stopped(self, step):
+        if step.k == 40:
+            signal.raise_signal(number)
+        return push(self, step)
+
+    monkeypatch.setattr(ErrorStudy, "push", stopped)
+    out = tmp_path / "e.csv"
+    status = main(["replay", str(recording), "--layer", "fc", "--rank", "5", "--out", str(out)])
+    assert status == 128 + number
+    line = f"kfacerr: stopped by {name}; the {20 * 4 * 7} rows computed so far are in {out}.partial\n"
+    assert capsys.readouterr().err == line
+    assert sorted(set(pd.read_csv(f"{out}.partial").k)) == list(range(20, 40))
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_reader_who_has_enough_ends_it_quietly(tmp_path):
+    ours = _ours(tmp_path / "r.h5")
+    command = [sys.executable, "-m", "kfacerr.cli", "info", str(ours)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 @pytest.mark.parametrize(("backend", "package"), [("torch", "PyTorch"), ("cupy", "CuPy")])

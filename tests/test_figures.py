@@ -69,7 +69,7 @@ def test_error_curves_average_blocks_and_then_seeds():
     ks = np.arange(105, 130)
     one = pd.DataFrame({"algorithm": "B-KFAC", "k": ks, "metric": "step_norm", "value": ks, "epoch": 3, "seed": 0})
     two = one.assign(value=3 * one.value, seed=1)
-    got = error_curves(pd.concat([one, two]), "step_norm", 3, 10)
+    got = error_curves(pd.concat([one, two]), "step_norm", 10)
     assert list(got.iteration) == [0, 10, 20]
     blocks = np.array([np.arange(105, 115).mean(), np.arange(115, 125).mean(), np.arange(125, 130).mean()])
     np.testing.assert_allclose(got["mean"], 2 * blocks)
@@ -85,6 +85,16 @@ def test_rows_are_windows_and_columns_are_metrics_on_log_scales():
     assert all(ax.get_yscale() == "log" for ax in axes)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(SEVEN)
+
+
+def test_windows_of_one_epoch_have_a_row_each_and_the_last_is_table_1s():
+    first, second = frame(curves(), epochs=(15,)), frame(curves(), epochs=(15,))
+    second = second.assign(k=second.k + 5000, value=2 * second.value)
+    table = pd.concat([f.assign(window=f.k.min()) for f in (first, second)], ignore_index=True)
+    labels = [ax.get_ylabel() for ax in error_figure(table, METRICS[:1]).axes]
+    assert labels == ["epoch 15, from 15000", "epoch 15, from 20000"]
+    expected = 2 * curves()["B-KFAC", "inverse_A"].mean()
+    assert table_1(table).set_index("algorithm").loc["B-KFAC", "(1) mean"] == pytest.approx(expected)
 
 
 def test_the_axis_is_the_errors_and_leaves_out_what_is_mere_rounding():

@@ -52,6 +52,22 @@ def test_steps_that_vanish_have_defined_errors(xp):
     assert norm_error(one, zero) == float("inf")
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("scale", [-100, -70, 0, 70, 100])  # powers of 2: no digit changes
+def test_no_scale_changes_an_error(xp, dtype, scale):
+    rng = np.random.default_rng(6)
+    R = psd(rng, "slow decay", 6) + 0.1 * np.eye(6)
+    Y = R + 1e-3 * np.ones((6, 6))
+    R, Y = R.astype(dtype), Y.astype(dtype)
+    big, bigger = (xp.array(np.ldexp(X, scale), dtype) for X in (R, Y))
+    R, Y = xp.array(R, dtype), xp.array(Y, dtype)
+    assert inverse_error(DenseInverse(bigger), DenseInverse(big)) == inverse_error(
+        DenseInverse(Y), DenseInverse(R)
+    )
+    assert norm_error(bigger, big) == norm_error(Y, R)
+    assert angle_error(bigger, big) == pytest.approx(angle_error(Y, R), rel=1e-5)
+
+
 @pytest.mark.parametrize("m", [2, 9])  # rows anew at every block, or the dense inverse kept
 @pytest.mark.parametrize("block", [1, 3, 4, 11, 12, 100])
 def test_row_blocks_give_the_unblocked_error(xp, monkeypatch, m, block):

@@ -174,6 +174,45 @@ def test_foreign_recording_is_read(tmp_path):
     _assert_same(_read(_foreign(tmp_path / "f.h5")), _steps())
 
 
+def test_whatever_else_is_among_the_layers_is_left_out(tmp_path):
+    path = _foreign(tmp_path / "f.h5")
+    with h5py.File(path, "r+") as file:
+        layers = file["layers"]
+        layers["notes"] = np.arange(3)
+        layers.create_group("optimizer").attrs["lr"] = 0.1
+        layers["gone"] = h5py.SoftLink("/nowhere")
+        file.copy(layers[NAME], "layers/nested/fc")
+    _assert_same(_read(path), _steps())
+    with Recording(path) as recording:
+        assert recording.layers == [NAME] and recording.info()["faults"] == []
+        with pytest.raises(InputError, match=r"no layer 'nested/fc'; there are classifier\.0 \(layer names must"):
+            recording.layer("nested/fc")
+
+
+def test_a_bad_layer_spoils_no_other(tmp_path):
+    path = _foreign(tmp_path / "f.h5")
+    with h5py.File(path, "r+") as file:
+        file.copy(file["layers"][NAME], "layers/bad")
+        del file["layers/bad/G"]
+    _assert_same(_read(path), _steps())
+    with Recording(path) as recording:
+        info = recording.info()
+    assert list(info["layers"]) == [NAME] and info["faults"] == [f"{path}: layer 'bad' lacks G"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"phi": np.ones(5, int)}, {"version": 1.0, "batch_size": 4.0}, {"windows": np.empty(0)}],
+    ids=["integer phi", "whole numbers as floats", "no windows at all"],
+)
+def test_what_other_programs_write_for_the_same_is_read(tmp_path, changes):
+    path = _foreign(tmp_path / "f.h5", **changes)
+    steps = [s._replace(phi=1.0) for s in _steps()] if "phi" in changes else _steps()
+    _assert_same(_read(path), steps)
+    with Recording(path) as recording:
+        assert recording.layer(NAME).windows == ([] if "windows" in changes else WINDOWS)
+
+
 def test_foreign_float64_columns_keep_their_digits(tmp_path):
     A = np.random.default_rng(1).standard_normal((5, 5, 4))
     step = _read(_foreign(tmp_path / "f.h5", A=A))[3]
@@ -192,6 +231,7 @@ def test_foreign_float64_columns_keep_their_digits(tmp_path):
         ({"version": None}, "lacks the attribute version"),
         ({"version": 2}, "version 2 of the format is not supported"),
         ({"version": "1"}, "attribute version must be an integer"),
+        ({"version": 1.5}, "attribute version must be an integer"),
         ({"windows": None, "G": None}, "layer 'classifier.0' lacks G, windows"),
         ({"batch_size": None}, "lacks the attribute batch_size"),
         ({"update_every": 0}, "update_every must be an integer >= 1"),

@@ -11,7 +11,7 @@ from kfacerr.backend import device_array
 from kfacerr.errors import InputError
 from kfacerr.lowrank import LowRank
 from kfacerr.process import Estimate, Process
-from kfacerr.replay import ErrorStudy, table
+from kfacerr.replay import ErrorStudy, by_window, table
 from kfacerr.stream import Step, Window
 from tests import reference
 from tests.strategies import stream
@@ -83,6 +83,45 @@ def test_a_window_may_start_at_a_step_without_update(start):
     study = ErrorStudy(list(DETERMINISTIC), EXACT, windows, phi=PHI)
     expected = reference.replay_reference(make_steps(last=45), windows, DETERMINISTIC, rank=RANK, rho=RHO, phi=PHI)
     assert_rows_are(rows_of(study, make_steps(last=45)), expected)
+
+
+def test_a_window_whose_start_is_missing_starts_with_the_first_step_there_is():
+    """If that is an update: periods are counted from it, also in a second such window."""
+    names = list(DETERMINISTIC)
+    steps = [s for s in make_steps() if s.k not in (*range(20, 24), *range(60, 64))]
+    cut = rows_of(ErrorStudy(names, EXACT, [Window(20, 27, 1), Window(60, 14, 2)], phi=PHI), steps)
+    told = rows_of(ErrorStudy(names, EXACT, [Window(24, 23, 1), Window(64, 10, 2)], phi=PHI), steps)
+    assert cut == told
+
+
+def test_a_window_that_begins_between_two_updates_is_refused():
+    study = ErrorStudy(["B-KFAC"], EXACT, WINDOWS, phi=PHI)
+    steps = [s for s in make_steps() if s.k != 60]
+    rows = rows_of(study, [s for s in steps if s.k < 60])
+    assert rows
+    with pytest.raises(InputError, match=r"^iteration 61: the window from 60 begins only here, .* not update"):
+        study.push(next(s for s in steps if s.k == 61))
+
+
+def test_windows_of_one_epoch_are_told_apart():
+    windows = [Window(20, 10, 1), Window(60, 14, 1)]
+    rows = rows_of(ErrorStudy(["B-KFAC"], EXACT, windows, phi=PHI), make_steps())
+    frame = table(rows, windows)
+    assert [(label, part.k.min(), part.k.max()) for label, part in by_window(frame)] == [
+        ("epoch 1, from 20", 20, 29),
+        ("epoch 1, from 60", 60, 73),
+    ]
+    assert [label for label, _ in by_window(table(rows))] == ["epoch 1"]  # as earlier versions wrote it
+
+
+def test_a_metric_that_is_not_finite_is_refused_by_name():
+    study = ErrorStudy(["B-KFAC"], EXACT, [Window(0, 5)], phi=PHI)
+    huge = [s._replace(A=(1e30 * s.A).astype(np.float32), G=s.G.astype(np.float32)) for s in make_steps(last=5)]
+    with (
+        pytest.raises(InputError, match=r"^iteration 0: .*(B-KFAC: \w+ is (inf|nan)|NaN or Inf)"),
+        np.errstate(all="ignore"),
+    ):
+        rows_of(study, huge)
 
 
 def test_a_window_may_start_with_the_stream():

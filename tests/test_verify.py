@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 
 import kfacerr.verify as verify
-from kfacerr import bounds
+from kfacerr import bounds, processes
 from kfacerr.bounds import Identity, Inequality, Psd
 from kfacerr.certificate import Certificate
 from kfacerr.cli import main
 from kfacerr.errors import InputError
+from kfacerr.lowrank import LowRank
 from kfacerr.processes import Brand
 from kfacerr.recorder import RecordingWriter
 from kfacerr.recording import Recording
@@ -55,6 +56,7 @@ EVERY = (
     "§3.3 overwriting",
     "§3.3 M_B, not B",
     "§4.1 B-update or nothing",
+    "(10) by the Brand process",
     "footnote 11",
     "footnote 11 drop",
     "footnote 11 blocks",
@@ -145,6 +147,17 @@ def test_a_process_that_overestimates_is_caught(recording, monkeypatch):
     failed = _fails(recording)
     assert "certificate: M - M~ p.s.d." in failed
     assert "whole stream: W^T (M - M~) W p.s.d." in failed
+
+
+def test_a_process_that_carries_other_modes_is_caught(recording, monkeypatch):
+    """Still below M and certified as what it is, but not (10)."""
+    carried = processes.carried
+
+    def wrong(X, r, A):
+        return carried(LowRank(X.U[:, ::-1], X.D[::-1]), r, A)
+
+    monkeypatch.setattr(processes, "carried", wrong)
+    assert "(10) by the Brand process" in _fails(recording)
 
 
 def test_a_certificate_that_promises_too_much_is_caught(recording, monkeypatch):
@@ -245,6 +258,31 @@ def test_columns_beyond_the_reach_of_dense_matrices_are_verified(tmp_path):
             writer.append("fc", Step(k, A, rng.standard_normal((4, 2)).astype(np.float32)))
     with Recording(path) as opened:
         assert verify_layer(opened.layer("fc"), rank=3, stretches=2, length=3).holds
+
+
+def test_a_wide_stream_is_checked_on_some_of_its_columns_and_says_so(tmp_path):
+    """n >= d beyond ROWS: dense checks of all columns would cost d^3 each."""
+    path = tmp_path / "wide.h5"
+    rng = np.random.default_rng(2)
+    d, n = verify.ROWS + 40, verify.ROWS + 90
+    with RecordingWriter(path) as writer:
+        writer.add_layer("conv", d_A=d, d_G=3, n=n, bias=False, batch_size=2, update_every=1, windows=[])
+        for k in range(2):
+            A = (0.9 ** np.arange(d))[:, None] * rng.standard_normal((d, n))
+            writer.append("conv", Step(k, A.astype(np.float32), rng.standard_normal((3, n)).astype(np.float32)))
+    with Recording(path) as opened:
+        report = verify_layer(opened.layer("conv"), stretches=1)
+    assert report.holds
+    A, G = report.coverage
+    assert A.count(f"on 50 of the {n} columns of each, drawn at random") == 2 and "drawn" not in G
+
+
+@pytest.mark.parametrize(("d", "n", "rank"), [(16384, 256, 50), (300, 900, 50), (2000, 2000, 30), (4000, 90, 50)])
+def test_dense_checks_have_at_most_rows_rows(d, n, rank):
+    for steps in (2, 3):
+        whole, few = verify._widths(d, n, rank, steps)
+        assert rank + (steps + 1) * few <= verify.ROWS and few <= whole <= n
+        assert whole == n or rank + n >= d
 
 
 def test_a_process_without_certificate_claims_nothing(layer):
