@@ -106,12 +106,14 @@ def eigh_descending(K: Array, what: str = "matrix") -> tuple[Array, Array]:
     """EVD of a symmetric matrix, eigenvalues descending: (w (m,), V (m, m)) in K's dtype.
 
     Raises:
-        InputError: K has NaN or Inf entries (its columns had, or overflowed).
+        InputError: K has NaN or Inf entries (its columns had, or overflowed), or the EVD has.
     """
     xp = compat.array_namespace(K)
     if not bool(xp.all(xp.isfinite(K))):
         raise InputError(f"{what}: NaN or Inf (in the columns, or by overflow of {K.dtype})")
     w, V = xp.linalg.eigh(K)
+    if not bool(xp.all(xp.isfinite(w)) & xp.all(xp.isfinite(V))):
+        raise InputError(f"{what}: the EVD in {K.dtype} gave NaN or Inf")
     return xp.flip(w, axis=0), xp.flip(V, axis=1)
 
 

@@ -63,7 +63,8 @@ class DampedInverse:
         """(m,) 1/(D + lam) - 1/(lam + tau), without cancellation; 0 on modes that are absent (D = 0)."""
         D = self.lowrank.D
         xp = namespace(D)
-        h = (self.tau - D) / ((D + self.lam) * (self.lam + self.tau))
+        # One quotient after the other: the product of the denominators, a square, may leave the range.
+        h = (self.tau - D) / (D + self.lam) / (self.lam + self.tau)
         return xp.where(D > 0, h, xp.zeros_like(h))
 
     def apply(self, X: Array) -> Array:

@@ -60,7 +60,7 @@ SEAMS: tuple[tuple[type, str, str], ...] = (
     (Layer, "collect", FACTORS),  # the columns: hooks, unfolded convolutions
     (KFAC, "_columns", FACTORS),
     (EAFactor, "update", FACTORS),  # (8)
-    (Factor, "_guarded", DECOMPOSITION),  # (9), (10), EVD: whatever the process does
+    (Factor, "_attempt", DECOMPOSITION),  # (9), (10), EVD: whatever the process does
     (KFAC, "_precondition", APPLICATION),  # Alg. 1 l.15-18, or Alg. 8
     (KFAC, "_descend_product", APPLICATION),  # Alg. 8's one product, which also is the update
     (SENG, "_refresh", DECOMPOSITION),

@@ -400,6 +400,27 @@ def test_two_forwards_in_one_backward_are_refused():
             loss.backward()
 
 
+def test_a_backward_without_the_weights_gradient_leaves_no_columns():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    x = torch.randn(5, 3, requires_grad=True)
+    with ColumnHooks(net, ["0", "2"]) as hooks:
+        torch.autograd.grad(net(x).sum(), x)
+        assert not hooks.pending()
+        loss = net(x).square().sum()
+        loss.backward(inputs=[net[2].weight], retain_graph=True)
+        assert list(hooks.pending()) == ["2"]
+        hooks.forget()
+        torch.autograd.grad(net(x).sum(), [net[0].weight, net[2].weight])
+        assert list(hooks.pending()) == ["0", "2"]
+
+
+def test_the_output_projection_of_attention_cannot_be_followed():
+    net = nn.MultiheadAttention(4, 2)
+    assert followable_layers(net) == []
+    with pytest.raises(InputError, match="'out_proj' is part of a MultiheadAttention"):
+        ColumnHooks(net, ["out_proj"])
+
+
 def test_input_overwritten_before_pop_is_refused():
     layer = nn.Linear(3, 2)
     layer.weight.requires_grad_(False)  # autograd itself does not need the input then

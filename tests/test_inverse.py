@@ -161,6 +161,17 @@ def test_lanczos_survives_invariant_subspaces(xp):
     assert lambda_max(xp.array(spike)) == pytest.approx(5, rel=1e-14)
 
 
+@pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-20, 1.0, 1e20, 1e37])
+@KINDS
+def test_the_inverse_of_a_scaled_factor_is_the_scaled_inverse_over_all_of_float32(continuation, scale):
+    """The product of two eigenvalues would leave the range from 1e-19 and 1e19 on."""
+    U, D = np.eye(4, 3, dtype=np.float32), np.array([4, 2, 1], np.float32) * np.float32(scale)
+    inverse = damped_inverse(LowRank(U, D), phi=0.1, continuation=continuation, trace=np.float32(7.5) * D[2])
+    tau = reference.level(D / scale, 4, continuation, 7.5)
+    expected = reference.damped_inverse((np.eye(4, 3), np.array([4.0, 2.0, 1.0])), 0.4, tau)
+    assert np.linalg.norm(inverse.dense() * np.float64(scale) - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
 def test_bad_damping_is_refused(xp):
     low, M = lift(xp, np.eye(3)[:, :1], np.ones(1)), xp.array(np.eye(3))
     for phi in (0.0, -1.0, float("nan"), float("inf")):

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -240,6 +241,22 @@ def test_an_input_overwritten_before_the_gradient_is_used_is_refused():
 # ---- as a module --------------------------------------------------------------------------------------------
 
 
+def test_under_torch_func_it_is_a_linear_layer():
+    net = drop_in()
+    x, y = vectors(0)
+
+    def loss(parameters, x):
+        return F.cross_entropy(functional_call(net, parameters, (x,)), y)
+
+    own = {name: p.detach() for name, p in net.named_parameters()}
+    gradients = torch.func.grad(loss)(own, x)
+    per_sample = torch.func.vmap(torch.func.grad(lambda x: net(x[None]).sum()))(x)
+    loss_of(net, (x, y)).backward()
+    assert relative(gradients["0.weight"].detach(), net[0].weight.grad) <= 1e-14
+    inputs = x.clone().requires_grad_()
+    assert relative(per_sample.detach(), torch.autograd.grad(net(inputs).sum(), inputs)[0]) <= 1e-14
+
+
 def test_state_dicts_go_both_ways():
     net, other = mlp(), drop_in()
     with torch.no_grad():
@@ -367,7 +384,7 @@ def test_micro_batches_are_the_full_batch(never_formed):
     assert relative(results[1], results[0]) <= 1e-10
 
 
-@pytest.mark.parametrize("change", ["clip", "penalty", "read", "bias", "hook on the output"])
+@pytest.mark.parametrize("change", ["clip", "penalty", "tiny penalty", "read", "bias", "hook on the output"])
 def test_whatever_reads_or_changes_the_gradient_gets_what_a_linear_layer_gives(change, caplog):
     caplog.set_level(logging.INFO)
     results = []
@@ -385,6 +402,8 @@ def test_whatever_reads_or_changes_the_gradient_gets_what_a_linear_layer_gives(c
                 loss = loss_of(net, (x, y))
             if change == "penalty":
                 loss = loss + 0.1 * net[0].weight.square().sum()
+            elif change == "tiny penalty":
+                loss = loss + 1e-14 * net[0].weight.square().sum()  # below any tolerance
             loss.backward()
             if change == "clip":
                 assert nn.utils.clip_grad_norm_(net.parameters(), 0.1) > 0.1

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfacerr import processes
+from kfacerr.errors import InputError
+from kfacerr.inverse import DenseInverse
 from kfacerr.process import Estimate, Process
 from kfacerr.rsvd import evd
 from kfacerr.torch import KFAC
+from kfacerr.torch.product import Product
 from tests import reference
 
 STEP_ONLY = {"lr": 1.0, "clip": None, "weight_decay": 0.0, "T_updt": 1, "T_inv": 1, "T_brand": 1}
@@ -359,6 +362,81 @@ def test_a_loss_scaled_by_a_power_of_two_scales_the_step_by_its_inverse(algorith
     assert relative(scaled * 2.0**exponent, plain) <= 1e-12
 
 
+@pytest.mark.parametrize("linear", [False, True], ids=["Algorithm 1", "Algorithm 8"])
+@pytest.mark.parametrize("algorithm", ["K-FAC", "R-KFAC", "B-KFAC"])
+@pytest.mark.parametrize("exponent", [-50, -35, 35, 50])
+def test_so_it_is_over_the_range_of_float32(algorithm, exponent, linear):
+    """Gamma, of squares, is in range to 2^+-50; the step of the loss itself is the one to compare with."""
+    x, y = vectors(0, dtype=torch.float32)
+    S = []
+    for scale in (1.0, 2.0**exponent):
+        net = mlp(torch.float32)
+        for p in net.parameters():
+            p.data.mul_(0.5)
+        optimizer = KFAC(net, algorithm, **STEP_ONLY, rank=4, linear_application=linear, loss_scale=lambda: 1.0)
+        taken = []
+        optimizer._descend = lambda p, update, group, taken=taken: taken.append(update)
+        (scale * F.cross_entropy(net(x), y)).backward()
+        optimizer.step()
+        formed = [t.formed() if isinstance(t, Product) else t for t in taken]
+        S.append(torch.cat([t.double().flatten() for t in formed]) * scale)
+    assert relative(S[1], S[0]) <= 1e-4
+
+
+def test_a_step_that_leaves_the_range_is_left_out_and_the_next_one_says_so(caplog):
+    net = mlp(torch.float32)
+    optimizer = KFAC(net, "K-FAC", **{**STEP_ONLY, "T_updt": 10, "T_inv": 10})
+    train(net, optimizer, [vectors(0, dtype=torch.float32)])
+    before = parameters(net)
+    inverse = optimizer.layers["0"].factors["A"]._inverse
+    optimizer.layers["0"].factors["A"]._inverse = DenseInverse(inverse.dense() * math.inf)
+    train(net, optimizer, [vectors(0, dtype=torch.float32)])
+    assert torch.equal(parameters(net)[:1230], before[:1230]) and parameters(net).isfinite().all()
+    assert not torch.equal(parameters(net)[1230:], before[1230:]) and not caplog.records
+    optimizer.layers["0"].factors["A"]._inverse = inverse
+    train(net, optimizer, [vectors(0, dtype=torch.float32)])
+    assert [record.getMessage()[:61] for record in caplog.records] == [
+        "layer '0', step 1: the preconditioned step left the range of "
+    ]
+    assert not torch.equal(parameters(net)[:1230], before[:1230])
+
+
+@pytest.mark.parametrize("algorithm", ["K-FAC", "B-KFAC"])
+def test_a_scale_that_nobody_declared_is_refused_at_the_first_step(algorithm):
+    x, y = vectors(0, dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu")
+    for options in ({}, {"linear_application": True}):
+        net = mlp(torch.float32)
+        before, optimizer = parameters(net), KFAC(net, algorithm, **options)
+        scaler.scale(F.cross_entropy(net(x), y)).backward()
+        with pytest.raises(
+            InputError, match=r"step 0: .grad is 65536 times smaller .* loss_scale=scaler\.get_scale"
+        ):
+            scaler.step(optimizer)
+        assert torch.equal(parameters(net), before)
+        scaler = torch.amp.GradScaler("cpu")
+
+
+@pytest.mark.parametrize(
+    "change", ["global clip", "long global clip", "clip by value", "penalty", "said to be meant"]
+)
+def test_a_gradient_that_is_smaller_on_purpose_is_no_lost_scale(change):
+    net = mlp(torch.float32)
+    meant = {"loss_scale": lambda: 1.0} if change == "meant" else {}
+    optimizer = KFAC(net, "K-FAC", **STEP_ONLY, **meant)
+    loss = F.cross_entropy(net(vectors(0, dtype=torch.float32)[0]), vectors(0)[1])
+    (loss + 100 * net[0].weight.square().sum() if change == "penalty" else loss).backward()
+    if change.endswith("global clip"):
+        nn.utils.clip_grad_norm_(net.parameters(), 1e-4 if "long" in change else 0.1)
+    elif change == "clip by value":
+        nn.utils.clip_grad_value_(net.parameters(), 1e-5)
+    elif change == "meant":
+        for p in net.parameters():
+            p.grad /= 2.0**12
+    optimizer.step()
+    assert optimizer.k == 1
+
+
 def test_a_loss_scale_that_is_declared_does_not_change_the_step():
     x, y = vectors(0)
     plain, net = step_of(mlp(), x, y), mlp()
@@ -438,7 +516,7 @@ def test_algorithm_8_is_used_for_the_layers_with_fewer_columns_than_dimensions()
     assert [layer.hooks.enabled for layer in optimizer.layers.values()] == [True, False]
 
 
-@pytest.mark.parametrize("change", ["clip", "penalty"])
+@pytest.mark.parametrize("change", ["clip", "penalty", "small penalty"])
 def test_algorithm_8_gives_way_where_the_gradient_is_not_that_of_the_columns(change, caplog):
     results = []
     for linear in (False, True):
@@ -450,6 +528,8 @@ def test_algorithm_8_gives_way_where_the_gradient_is_not_that_of_the_columns(cha
             loss = F.cross_entropy(net(x), y)
             if change == "penalty":
                 loss = loss + 0.1 * net[0].weight.square().sum()
+            elif change == "small penalty":
+                loss = loss + 1e-7 * net[0].weight.square().sum()
             loss.backward()
             if change == "clip":
                 nn.utils.clip_grad_norm_(net.parameters(), 0.1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kfacerr import processes
 from kfacerr import rsvd as decompositions
 from kfacerr.errors import InputError
 from kfacerr.torch import KFAC
@@ -102,6 +103,31 @@ def test_a_state_of_another_optimizer_is_refused(make, message):
         other.load_state_dict(state)
     with pytest.raises(InputError, match="not of a KFAC optimizer"):
         optimizer.load_state_dict(torch.optim.SGD(net.parameters(), lr=0.1).state_dict())
+
+
+def test_a_state_that_is_refused_leaves_the_optimizer_as_it_was():
+    net, wider = mlp(), mlp()
+    wider[2] = nn.Linear(30, 7).double()
+    optimizer, other = KFAC(net, "B-R-KFAC", **BUSY), KFAC(wider, "B-R-KFAC", **BUSY)
+    train(wider, other, [vectors(k) for k in range(3)])
+    train(net, optimizer, [vectors(0)])
+    before = snapshot(optimizer)
+    with pytest.raises(InputError, match="layer '2', factor G: the state is of d = 7, not 6"):
+        optimizer.load_state_dict(other.state_dict())
+    assert same(before, snapshot(optimizer))
+
+
+def test_a_state_may_be_loaded_before_the_epoch_of_schedules_is_known():
+    options = {**BUSY, "rank": lambda epoch: 5 + epoch}
+    net, again = mlp(), mlp()
+    optimizer, resumed = KFAC(net, "R-KFAC", **options, steps_per_epoch=2), KFAC(again, "R-KFAC", **options)
+    train(net, optimizer, [vectors(k) for k in range(4)])
+    again.load_state_dict(net.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed.epoch = 2
+    train(net, optimizer, [vectors(4)])
+    train(again, resumed, [vectors(4)])
+    assert torch.equal(parameters(net), parameters(again))
 
 
 @pytest.mark.parametrize("algorithm", ["R-KFAC", "B-KFAC-C"])
@@ -301,6 +327,114 @@ def test_a_frozen_bias_is_no_part_of_the_layer_and_a_frozen_weight_leaves_sgd():
     assert list(optimizer.layers) == ["0", "2"]
 
 
+def test_a_bias_that_is_optimized_but_frozen_is_no_part_of_the_layer_either():
+    results = []
+    for explicit in (False, True):
+        net = mlp()
+        net[0].bias.requires_grad_(False)
+        optimizer = KFAC(net, "K-FAC", net.parameters() if explicit else None, **BUSY, weight_decay=0)
+        train(net, optimizer, [vectors(k) for k in range(4)])
+        assert optimizer.layers["0"].factors["A"].info.d == 40
+        results.append(parameters(net))
+    assert torch.equal(*results)
+
+
+def test_a_bias_may_be_frozen_and_trained_again_after_the_factors_were_made():
+    net = mlp()
+    optimizer = KFAC(net, "K-FAC", **BUSY)
+    train(net, optimizer, [vectors(0)])
+    net[0].bias.requires_grad_(False)
+    train(net, optimizer, [vectors(k) for k in range(1, 3)])
+    again = mlp()
+    again[0].bias.requires_grad_(False)
+    resumed = KFAC(again, "K-FAC", again.parameters(), **BUSY)
+    again.load_state_dict(net.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    for model, its in ((net, optimizer), (again, resumed)):
+        model[0].bias.requires_grad_(True)
+        train(model, its, [vectors(k) for k in range(3, 6)])
+    assert torch.equal(parameters(net), parameters(again))
+
+
+@pytest.mark.parametrize("options", [{}, {"linear_application": True}], ids=["Algorithm 1", "Algorithm 8"])
+def test_gradients_of_inputs_taken_between_micro_batches_change_nothing(options):
+    results = []
+    for between in (False, True):
+        net = mlp()
+        optimizer = KFAC(net, "K-FAC", **BUSY, **options)
+        for k in range(3):
+            optimizer.zero_grad()
+            for j in range(2):
+                x, y = vectors(2 * k + j)
+                if between:
+                    inputs = x.clone().requires_grad_()
+                    torch.autograd.grad(100 * loss_of(net, (inputs, y)), inputs)
+                (loss_of(net, (x, y)) / 2).backward()
+            optimizer.step()
+        results.append(parameters(net))
+    assert torch.equal(*results)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("wrap", [lambda net: torch.compile(net, backend="aot_eager"), nn.DataParallel])
+def test_wrapped_models_keep_the_names_of_their_layers(wrap):
+    torch._dynamo.reset()
+    net, plain = mlp(), mlp()
+    wrapped = wrap(net)
+    optimizer = KFAC(wrapped, "K-FAC", **BUSY)
+    assert list(optimizer.layers) == ["0", "2"]
+    train(wrapped, optimizer, [vectors(k) for k in range(3)])
+    train(plain, KFAC(plain, "K-FAC", **BUSY), [vectors(k) for k in range(3)])
+    assert relative(parameters(net), parameters(plain)) <= 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_model_with_an_inplace_activation_is_followed():
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(108, 5)
+        ).double()
+        optimizer = KFAC(net, "R-KFAC", **BUSY)
+        model = torch.compile(net, backend="aot_eager") if compiled else net
+        train(model, optimizer, [images(k) for k in range(4)])
+        results.append(parameters(net))
+    assert relative(results[1], results[0]) <= 1e-12
+
+
+def test_attentions_output_projection_is_not_the_first_fully_connected_layer():
+    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 64, batch_first=True), nn.Flatten(), nn.Linear(24, 3))
+    optimizer = KFAC(net, "B-KFAC", rank=1)
+    assert {name: layer.policy for name, layer in optimizer.layers.items()} == {
+        "0.linear1": "B-KFAC", "0.linear2": "R-KFAC", "2": "R-KFAC"
+    }  # fmt: skip
+
+
+def test_what_the_hooks_refuse_shows_a_way_out():
+    net = nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 6)).double()
+    optimizer = KFAC(net, "K-FAC", **BUSY)
+    x, y = vectors(0)
+    with pytest.raises(InputError, match=r"layer '0' .*; leave it to SGD with policy=\{'0': 'SGD'\}"):
+        net[0](net(x)[:, :1].expand(-1, 40) + net[0](x))
+    loss = loss_of(net, (x, y))
+    optimizer.zero_grad()
+    loss = loss_of(net, (x, y))
+    loss.backward(retain_graph=True)
+    with pytest.raises(InputError, match=r"second backward through one forward.*; leave it to SGD"):
+        loss.backward()
+
+
+def test_a_model_converted_after_its_first_step_is_refused_by_the_layers_name():
+    net = mlp(torch.float32)
+    optimizer = KFAC(net, "K-FAC", **BUSY)
+    train(net, optimizer, [vectors(0, dtype=torch.float32), vectors(1, dtype=torch.float32)])
+    net.double()
+    with pytest.raises(InputError, match=r"'0', step 2: columns A in torch.float64 .* factor in torch.float32"):
+        train(net, optimizer, [vectors(2)])
+
+
 def test_a_layer_the_backward_does_not_reach_is_left_alone():
     class Branches(nn.Module):
         def __init__(self):
@@ -428,6 +562,57 @@ def test_a_decomposition_that_fails_for_good_keeps_the_previous_inverse_and_warn
     assert not torch.equal(optimizer.layers["0"].factors["A"].process.estimate.lowrank.D, kept["A"])
 
 
+@pytest.mark.parametrize("part", ["w", "V"])
+@pytest.mark.parametrize("algorithm", ["K-FAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C"])
+def test_an_evd_that_gives_nan_is_a_failed_one(algorithm, part, monkeypatch):
+    import array_api_compat.torch.linalg as linalg
+
+    original = linalg.eigh
+    net = mlp(torch.float32)
+    batches = [vectors(k, dtype=torch.float32) for k in range(3)]
+    every = {**BUSY, "T_updt": 1, "T_inv": 1, "T_brand": 1, "T_rsvd": 1, "T_corct": 1}
+    optimizer = KFAC(net, algorithm, **every)
+    train(net, optimizer, batches[:2])
+    factor = optimizer.layers["0"].factors["A"]
+    before = factor.process.state_dict()
+
+    def spoilt(M):
+        w, V = (X.clone() for X in original(M))
+        (w if part == "w" else V)[..., 0] = math.nan
+        return w, V
+
+    monkeypatch.setattr(linalg, "eigh", spoilt)
+    with pytest.warns(RuntimeWarning) as caught:
+        train(net, optimizer, batches[2:])
+    said = {str(w.message).partition(", step 2: the decomposition failed")[0] for w in caught}
+    assert said >= {"layer '0', factor A", "layer '0', factor G"}
+    assert same(_leaves(factor.process.state_dict(), ""), _leaves(before, ""))
+    assert parameters(net).isfinite().all()
+    monkeypatch.undo()
+    train(net, optimizer, batches[:1])
+    assert not torch.equal(factor.process.estimate.lowrank.D, before["estimate"]["D"])
+
+
+def test_an_overwriting_whose_brand_update_fails_is_undone(monkeypatch):
+    net = mlp()
+    optimizer = KFAC(net, "B-R-KFAC", **{**BUSY, "T_updt": 1, "T_brand": 1, "T_rsvd": 2})
+    train(net, optimizer, [vectors(k) for k in range(2)])
+    factor = optimizer.layers["0"].factors["A"]
+    before = factor.process.state_dict()
+
+    def fails(*args):
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(processes, "symmetric_brand", fails)
+    with pytest.warns(RuntimeWarning) as caught:
+        train(net, optimizer, [vectors(2)])
+    assert "layer '0', factor A, step 2: the decomposition failed" in str(caught[0].message)
+    assert same(_leaves(factor.process.state_dict(), ""), _leaves(before, ""))
+    monkeypatch.undo()
+    train(net, optimizer, [vectors(3)])
+    assert factor.process.taken == before["taken"] + 1  # what failed is made up for
+
+
 def test_without_any_estimate_the_step_is_the_plain_gradient(monkeypatch, caplog):
     _failing_eigh(monkeypatch, lambda K: True)
     net, other = mlp(), mlp()
@@ -465,11 +650,13 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_all_state_as_it_was(va
     weights, state = parameters(net), snapshot(optimizer)
     x, y = images(99)
     x[0, 0, 0, 0] = value
-    for _ in range(2):
+    for _ in range(7):
         train(net, optimizer, [(x, y)])
     assert torch.equal(parameters(net), weights)
     assert same(state, snapshot(optimizer))
-    assert caplog.text.count(f"step {k}: NaN or Inf") == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert [text.partition("skipped")[2] for text in said] == ["", " (2 so far)", " (4 so far)"]
+    assert all(text.startswith(f"step {k}: NaN or Inf") for text in said)
     train(net, optimizer, [images(j) for j in range(k, 6)])
     assert torch.equal(parameters(net), _reference_run())
 
@@ -595,7 +782,15 @@ def test_brand_kfac_of_a_wide_layer_allocates_nothing_larger_than_its_weight(lin
         ({"phi_lambda": 0.0}, "phi must be positive"),
         ({"phi_corct": 2}, r"phi_corct must lie in \(0, 1\]"),
         ({"T_updt": 0}, "T_updt must be a whole number of at least 1, got 0"),
+        ({"T_updt": math.nan}, "T_updt must be a whole number of at least 1, got nan"),
+        ({"T_inv": math.inf}, "T_inv must be a whole number of at least 1, got inf"),
         ({"rank": 2.5}, "rank must be a whole number"),
+        ({"rank": None}, "rank must be a whole number of at least 1, got None"),
+        ({"rho": "a"}, "rho must be a number, got 'a'"),
+        ({"lr": "a"}, "lr must be a number, got 'a'"),
+        ({"policy": "K-FAC"}, "policy must map layer names to choices, got 'K-FAC'"),
+        ({"model": mlp().requires_grad_(False)}, "no trainable parameters"),
+        ({"model": mlp().parameters()}, "the model must be an nn.Module"),
         ({"clip": 0.0}, "clip must be positive"),
         ({"clip_by": "norm"}, "clip_by 'norm'"),
         ({"momentum": -1}, "momentum must not be negative"),
@@ -608,7 +803,7 @@ def test_brand_kfac_of_a_wide_layer_allocates_nothing_larger_than_its_weight(lin
 )
 def test_bad_arguments_are_refused_by_name(options, message):
     with pytest.raises(InputError, match=message):
-        KFAC(mlp(), **options)
+        KFAC(**{"model": mlp(), **options})
 
 
 def test_schedules_without_an_epoch_are_refused_at_the_step():

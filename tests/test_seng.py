@@ -6,6 +6,7 @@ import io
 import itertools
 import logging
 import math
+import pickle
 
 import pytest
 import torch
@@ -813,6 +814,55 @@ def test_grad_scaler_trains_as_without_it():
         plain.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_a_scale_that_nobody_declared_is_refused():
+    model, (x, y) = _mlp().float(), _batch((7,), 3)
+    optimizer, scaler = SENG(model), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(_loss(model(x.float()), y)).backward()
+    with pytest.raises(InputError, match=r"SENG, step 0: .grad is 1024 times smaller .*scaler\.get_scale"):
+        scaler.step(optimizer)
+
+
+def test_an_evd_that_gives_nan_keeps_the_curvature(caplog, monkeypatch):
+    model, (x, y) = _mlp(), _batch((7,), 3)
+    optimizer = SENG(model, update_every=1)
+    _loss(model(x), y).backward()
+    optimizer.step()
+    kept = dict(optimizer._curvature)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda K: (K[0] * math.nan, K))
+    _loss(model(x), y).backward()
+    optimizer.step()
+    assert all(optimizer._curvature[name] is curvature for name, curvature in kept.items())
+    assert "keeps its curvature at step 1: the EVD gave NaN or Inf" in caplog.text
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_of_model_and_optimizer_is_independent_and_goes_on_alike(how):
+    model, (x, y) = _mlp(), _batch((7,), 3)
+    optimizer = SENG(model, update_every=2, im_size_threshold=0, fim_col_sample_size=2)
+    pairs = [(model, optimizer)]
+    for k in range(4):
+        if k == 1:
+            pairs.append(how(pairs[0]))
+        for net, its in pairs:
+            its.zero_grad()
+            _loss(net(x + k), y).backward()
+            its.step()
+    for p, q in zip(*(net.parameters() for net, _ in pairs), strict=True):
+        assert p is not q and torch.equal(p, q)
+
+
+def test_gradients_of_inputs_are_no_curvature():
+    model, (x, y) = _mlp(), _batch((7,), 3)
+    twin = copy.deepcopy(model)
+    optimizer, plain = SENG(model, update_every=1), SENG(twin, update_every=1)
+    inputs = x.clone().requires_grad_()
+    torch.autograd.grad(100 * _loss(model(inputs), y), inputs)
+    for net, its in ((model, optimizer), (twin, plain)):
+        _loss(net(x), y).backward()
+        its.step()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_curvature_of_a_half_precision_forward_is_kept_in_float32():

@@ -16,11 +16,12 @@ relative error, and no angle, sees it.
 import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, NoReturn, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import InputError
 from ..stream import Columns
@@ -128,6 +129,8 @@ def _unfollowable(module: nn.Module) -> str | None:
     """Why a module cannot be followed, or None if it can."""
     if not isinstance(module, nn.Linear | nn.Conv2d):
         return f"is a {type(module).__name__}, not a Linear or Conv2d"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "is part of a MultiheadAttention, which uses its weight without calling it"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return f"is a grouped convolution (groups={module.groups}), whose gradient is no single G A^T"
     return None
@@ -141,9 +144,10 @@ class ColumnHooks:
             A, G = hooks.pop()["classifier.0"]
 
     Nothing is captured while `enabled` is False, under `no_grad`, or where a layer's output needs no
-    gradient, so evaluation between the steps disturbs nothing. The input is held by reference, not copied,
-    from the forward until `pop()`, where the columns are formed. Copies of a hooked model (deepcopy, pickle)
-    carry no live hooks.
+    gradient, so evaluation between the steps disturbs nothing; nor by a backward that has no use for the gradient
+    of a layer's trained weight, as `autograd.grad` with respect to the inputs. The input is held by reference, not
+    copied, from the forward until `pop()`, where the columns are formed. Copies of a hooked model (deepcopy,
+    pickle) carry no live hooks.
 
     One forward, one backward, one `pop()`: with micro-batches, pop after each. A forward whose backward never
     came is forgotten at the next forward of the model. What would give wrong columns is refused with an
@@ -153,6 +157,7 @@ class ColumnHooks:
     Args:
         model: the model whose call makes up one forward.
         layers: names as in `model.named_modules()`.
+        way_out: what errors in training advise in place of the methods of this class, which a user may not see.
 
     Attributes:
         enabled: switch; True at the start.
@@ -162,8 +167,9 @@ class ColumnHooks:
         InputError: for an unknown or repeated name, another type of layer, or a grouped convolution.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[str], way_out: str | None = None) -> None:
         self.enabled = True
+        self._way_out = way_out
         self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
         self._modules = _find_layers(model, self.layers)
         self._captures: dict[str, _Capture] = {}
@@ -235,8 +241,8 @@ class ColumnHooks:
             )
         if capture.grad is None:
             raise InputError(f"layer {name!r} was reached by the forward but by no backward: nothing to pop()")
-        if capture.x._version != capture.version:
-            raise InputError(f"layer {name!r}: its input was overwritten in place between forward and pop()")
+        if capture.overwritten:
+            self._refuse(name, "had its input overwritten in place after the forward", "call pop() before")
         with torch.no_grad():
             columns = layer_columns(self._modules[name], capture.x, capture.grad)
             return columns if loss_scale == 1.0 else columns._replace(G=columns.G.div_(loss_scale))
@@ -255,18 +261,24 @@ class ColumnHooks:
             return
         if name in self._captures:
             self._refuse_unpopped()
-            raise InputError(f"layer {name!r} is used twice in one forward: its columns would be mixed up")
+            self._refuse(
+                name,
+                "is used twice in one forward (activation checkpointing included): its columns would be mixed up",
+                "follow the other layers only",
+            )
         x = (args[0] if args else kwargs["input"]).detach()  # shares memory and version; lets go of the graph
-        capture = self._captures[name] = _Capture(x)
+        capture = self._captures[name] = _Capture(x, gradient_node(module))
         output.register_hook(lambda grad: self._on_gradient(name, capture, grad))
 
     def _on_gradient(self, name: str, capture: "_Capture", grad: Tensor) -> None:
-        if not self.enabled:
+        if not (self.enabled and wanted(capture.node)):
             return
         if capture.replaced:
-            raise InputError(
-                f"layer {name!r}: the backward runs through a forward that a later one has replaced; use one "
-                "forward per backward, and evaluate under no_grad or with enabled = False"
+            self._refuse(
+                name,
+                "is reached by a backward through a forward that a later one has replaced (use one forward per "
+                "backward, and evaluate under no_grad)",
+                "set enabled = False meanwhile",
             )
         if capture.grad is not None:
             self._refuse_unpopped()
@@ -276,10 +288,33 @@ class ColumnHooks:
     def _refuse_unpopped(self) -> None:
         for name, capture in self._captures.items():
             if capture.grad is not None:
-                raise InputError(
-                    f"layer {name!r}: the columns of the previous backward were not taken; call pop() after "
-                    "each backward, or set enabled = False"
+                self._refuse(
+                    name,
+                    "got a second backward through one forward, or the columns of the previous one were not taken",
+                    "call pop() after each backward, or set enabled = False",
                 )
+
+    def _refuse(self, name: str, what: str, advice: str) -> NoReturn:
+        raise InputError(f"layer {name!r} {what}; {self._way_out or advice}")
+
+
+def gradient_node(module: nn.Module) -> Any:
+    """What accumulates the gradient of a layer's trained weight; None if the weight is frozen or computed.
+
+    Nor does the compiler let one see it.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.requires_grad or torch.compiler.is_compiling():
+        return None
+    return weight.view_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+
+def wanted(node: Any) -> bool:
+    """Whether the running backward has a use for the gradient that `node` accumulates."""
+    try:
+        return node is None or torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # so it answers for a leaf that autograd.grad asks for
+        return True
 
 
 class Pending(NamedTuple):
@@ -294,16 +329,26 @@ def _batch_size(module: nn.Module, x: Tensor) -> int:
     return x.shape[0] if x.ndim > (3 if isinstance(module, nn.Conv2d) else 1) else 1
 
 
+def version(x: Tensor) -> int | None:
+    """Counts the writes to x; None where the compiler runs, which makes them without writing."""
+    return None if torch.compiler.is_compiling() else x._version
+
+
 class _Capture:
     """One pass of one layer: its input and, after the backward, the gradient of its output."""
 
-    __slots__ = ("grad", "replaced", "version", "x")
+    __slots__ = ("grad", "node", "replaced", "version", "x")
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, x: Tensor, node: Any) -> None:
         self.x: Tensor | None = x
-        self.version = x._version
+        self.version = version(x)
+        self.node = node
         self.grad: Tensor | None = None
         self.replaced = False
+
+    @property
+    def overwritten(self) -> bool:
+        return self.x is not None and self.version not in (None, self.x._version)
 
     def release(self) -> None:
         """Frees the tensors; a later backward through the same graph is ignored."""

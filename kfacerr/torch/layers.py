@@ -28,6 +28,7 @@ from .hooks import ColumnHooks
 from .linear import FactoredLinear, FactoredParameter, forget, formed, has_gradient, held
 from .policy import Choice, FactorInfo, HyperParameters, LayerPolicy, choice_of_side, falls_back, make, tune
 from .product import Product
+from .scaling import probe
 
 __all__ = ["FALLBACK", "Factor", "Layer", "MicroBatch", "Tally"]
 
@@ -143,10 +144,20 @@ class Factor:
     def advance(self, k: int, X: Tensor) -> None:
         """`update` after `tune` and, if it was called, `absorb_dense`."""
         absorbed, self._absorbed = self._absorbed, False
-        self._guarded(k, X, lambda x, ea: self.process.begin(k, ea))
+        saved = self.process.state_dict()
+        failure = self._attempt(X, lambda x, ea: self.process.begin(k, ea))
         if not absorbed:
             self.absorb(X)
-        self._guarded(k, X, lambda x, ea: self.process.update(k, x, ea))
+        failure = failure or self._attempt(X, lambda x, ea: self.process.update(k, x, ea))
+        if failure is not None:
+            # Also what `begin` did, as an overwriting is no estimate without the Brand update that follows.
+            self.process.load_state_dict(saved)
+            warnings.warn(
+                f"layer {self.info.layer!r}, factor {self.info.side}, step {k}: the decomposition failed, also in "
+                f"float64; the previous inverse is kept ({_one_line(failure)})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def absorb(self, X: Tensor) -> None:
         """(8) with columns X."""
@@ -191,13 +202,14 @@ class Factor:
             cost += float(d) ** 2 * (rank + sketch.oversampling) * (sketch.n_pwr_it + 2)
         return min(cost, float(d) ** 3)
 
-    def _guarded(self, k: int, X: Tensor, call: Callable[[Tensor, EAFactor | None], None]) -> None:
+    def _attempt(self, X: Tensor, call: Callable[[Tensor, EAFactor | None], None]) -> Exception | None:
+        """A part of the process's step, in float64 if need be; why it failed, if it did."""
         before = self.process.estimate
         saved = self.process.state_dict()
         try:
             call(X, self.ea)
             self._refuse_nonfinite(before)
-            return
+            return None
         except _FAILURES as error:
             first = error
         try:
@@ -206,13 +218,8 @@ class Factor:
             self._refuse_nonfinite(before)
             self.process.load_state_dict(map_tensors(self.process.state_dict(), lambda t: t.to(X.dtype)))
         except _FAILURES:
-            self.process.load_state_dict(saved)
-            warnings.warn(
-                f"layer {self.info.layer!r}, factor {self.info.side}, step {k}: the decomposition failed, also in "
-                f"float64; the previous inverse is kept ({_one_line(first)})",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            return first
+        return None
 
     def _refuse_nonfinite(self, before: Estimate | None) -> None:
         """Waits for the device, after a decomposition only."""
@@ -258,6 +265,13 @@ class Factor:
         dtype: torch.dtype = self.process.estimate.lowrank.D.dtype
         return dtype
 
+    @property
+    def kind(self) -> tuple[torch.dtype, torch.device] | None:
+        """Dtype and device; None if nothing came in yet."""
+        held = None if self.process.estimate is None else self.process.estimate.lowrank.D
+        held = held if self.ea is None else self.ea.M
+        return None if held is None else (held.dtype, held.device)
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "choice": self.choice if isinstance(self.choice, str) else type(self.process).__name__,
@@ -293,8 +307,8 @@ class Layer:
         self.name = name
         self.module = module
         self.policy = policy
-        self.bias = bias
-        self.hooks = ColumnHooks(model, [name])
+        self._optimizes_bias = bias
+        self.hooks = ColumnHooks(model, [name], way_out=f"leave it to SGD with policy={{{name!r}: 'SGD'}}")
         self.parts: list[MicroBatch] = []
         self.factors: dict[str, Factor] = {}
         self.linear: bool | None = False
@@ -308,6 +322,14 @@ class Layer:
     @property
     def weight(self) -> nn.Parameter:
         return self.module._parameters["weight"]  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> bool:
+        """Whether the bias is a column of Mat(g): it is if it is trained when the factors are made."""
+        if "A" in self.factors:
+            return self.factors["A"].info.d > self.weight[0].numel()
+        bias = self.module._parameters.get("bias")
+        return self._optimizes_bias and bias is not None and bias.requires_grad
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -351,6 +373,15 @@ class Layer:
         dtype = torch.float64 if tally.double else torch.float32
         A, G = (torch.zeros(d, 0, dtype=dtype, device=self.weight.device) for d in self.dimensions)
         return Columns(A, G)
+
+    def check_kind(self, k: int, columns: Columns) -> None:
+        """Refuses columns that the factors cannot take: the model was moved or converted after its first step."""
+        for (side, factor), X in zip(sorted(self.factors.items()), columns, strict=False):
+            if (kind := factor.kind) is not None and kind != (X.dtype, X.device):
+                raise InputError(
+                    f"layer {self.name!r}, step {k}: columns {side} in {X.dtype} on {X.device}, but the factor in "
+                    f"{kind[0]} on {kind[1]}; convert or move the model before its first step"
+                )
 
     def make_factors(self, n: int, hyper: HyperParameters, *, accumulate: bool, seed: int) -> list[Factor]:
         """Makes the factors at their first columns, n of them; returns those it made."""
@@ -428,25 +459,42 @@ class Layer:
             pieces[self.parameters[1]] = last
         return pieces
 
-    def differs_from_columns(self, columns: Columns, dtype: torch.dtype) -> Tensor:
-        """Whether .grad is not `G A^T`, a 0-d boolean: one product of each with a fixed vector of signs.
+    def differs_from_columns(self, columns: Columns, unit: float) -> Tensor:
+        """Whether .grad is not `G A^T`, a 0-d boolean: one product of each with a fixed vector v of signs.
 
-        Rounding is allowed for; a change of less than 1e-3 (5e-2 after a backward in half precision) is not seen.
-        A gradient that is held as factors is not formed for it.
+        Where a part of .grad is held as factors and another is formed, the second came from elsewhere: no product
+        is needed, but whether it is zero. (Or the factors outgrew the gradient, and Algorithm 8 would save
+        nothing.) A gradient that is held is not formed for it.
+
+        Else rounding is allowed for. With unit round-off u, entry (q, r) of .grad is off by some u |G_q| |A_r|, in
+        the norms of the rows, with signs that v's are independent of: in all, .grad v by u ||G||_F ||A||_F, and
+        G (A^T v) by as much.
+
+        Args:
+            columns: A and G of all micro-batches.
+            unit: u of the backward's products.
         """
         A, G = columns
-        signs = torch.randint(2, (A.shape[0],), generator=torch.Generator().manual_seed(0))
-        v = (2 * signs - 1).to(A)
-        width = self.weight[0].numel()
-        have = self._times(self.weight, v[:width])
-        if len(self.parameters) == 2:
-            have = have + self._times(self.parameters[1], v[-1])
-        w = A.T @ v
-        want = G @ w
-        relative, units = (1e-3, 16) if dtype in (torch.float32, torch.float64) else (5e-2, 2)
+        others = [there for p in self.parameters if held(p) and (there := formed(p)) is not None]
+        if others:
+            return torch.stack([there.any() for there in others]).any()
+        v = probe(A.shape[0], A)
         norm = torch.linalg.vector_norm
-        noise = units * torch.finfo(dtype).eps * norm(G) * norm(w)
-        return norm(have - want) > relative * norm(want) + noise
+        return norm(self.times(v) - G @ (A.T @ v)) > 8 * unit * norm(G) * norm(A)
+
+    def scale_probe(self, tally: Tally) -> tuple[Tensor, Tensor]:
+        """`.grad v` and this process's share of `G A^T v` (d_G,), v a fixed vector; neither forms anything."""
+        precision = torch.promote_types(self.weight.dtype, torch.float32)
+        v = probe(self.dimensions[0], self.weight.new_zeros((), dtype=precision))
+        want = v.new_zeros(self.dimensions[1])
+        for part in self.parts:
+            want = want + part.columns.G.to(v.dtype) @ (part.columns.A.to(v.dtype).T @ v) / len(tally.widths)
+        return self.times(v), want
+
+    def times(self, v: Tensor) -> Tensor:
+        """Mat(g) v (d_G,) for v (d_A,)."""
+        total = self._times(self.weight, v[: self.weight[0].numel()])
+        return total if len(self.parameters) == 1 else total + self._times(self.parameters[1], v[-1])
 
     def _times(self, p: nn.Parameter, v: Tensor) -> Tensor:
         """A parameter's gradient times v (d_in,), or the scalar v for a bias."""
@@ -467,20 +515,19 @@ class Layer:
             "factors": {side: factor.state_dict() for side, factor in self.factors.items()},
         }
 
-    def load_state_dict(
+    def restored(
         self, state: Mapping[str, Any], hyper: HyperParameters, *, accumulate: bool, seed: int
-    ) -> None:
-        """Restores the factors.
+    ) -> "dict[str, Factor]":
+        """The factors of a state; the layer is left as it is until `restore`.
 
         Raises:
             InputError: the state is of another process or another size.
         """
-        if self.asked and state.get("asked", state["linear"] is not False):
-            self.linear = state["linear"]
-        self.factors.clear()
+        factors = {}
         for side, saved in state["factors"].items():
             info = FactorInfo(self.name, side, saved["d"], saved["n"])
-            factor = self._make(info, hyper, accumulate=accumulate, seed=seed)
+            choice = choice_of_side(self.policy, side)
+            factor = factors[side] = Factor(info, choice, hyper, accumulate=accumulate, seed=seed)
             if factor.fell_back != saved["fell_back"]:  # the rank's schedule has moved on since
                 choice = FALLBACK if saved["fell_back"] else choice_of_side(self.policy, side)
                 factor.fell_back, factor.choice = saved["fell_back"], choice
@@ -491,10 +538,24 @@ class Layer:
                 raise InputError(
                     f"layer {self.name!r}, factor {side}: the state is of {saved['choice']!r}, not of {now!r}"
                 )
-            d = self.weight.shape[0] if side == "G" else self.weight[0].numel() + len(self.parameters) - 1
-            if d != saved["d"]:
+            *_, d = sizes = self._sizes(side)
+            if saved["d"] not in sizes:
                 raise InputError(f"layer {self.name!r}, factor {side}: the state is of d = {saved['d']}, not {d}")
             factor.load_state_dict(saved, self.weight)
+        return factors
+
+    def restore(self, state: Mapping[str, Any], factors: "dict[str, Factor]") -> None:
+        """Takes what `restored` gave."""
+        if self.asked and state.get("asked", state["linear"] is not False):
+            self.linear = state["linear"]
+        self.factors = factors
+
+    def _sizes(self, side: str) -> tuple[int, ...]:
+        """What d may be: a bias counts if it was trained when the factors were made."""
+        width = self.weight[0].numel()
+        if side == "G":
+            return (self.weight.shape[0],)
+        return (width, width + 1) if self._optimizes_bias else (width,)
 
 
 def map_tensors(state: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -11,7 +11,7 @@ read it gets the gradient that `nn.Linear` would have left, at the same cost: SG
 The gradient is formed in the backward, as by `nn.Linear`, where deferring it would save nothing or could not be
 exact: the factors of all backwards since the last step take more memory than the gradient; hooks on the parameters
 want it; `autograd.grad` asks for it; `create_graph=True` (a double backward then works); torch.distributed is
-initialised (DistributedDataParallel averages gradients below Python); under torch.compile.
+initialised (DistributedDataParallel averages gradients below Python); under torch.compile and torch.func.
 """
 
 from collections.abc import Iterable
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
+from .hooks import wanted
 
 __all__ = ["FactoredLinear", "FactoredParameter", "factored"]
 
@@ -138,11 +139,11 @@ class _Linear(torch.autograd.Function):
         for_weight = for_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             for_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
-            if ctx.needs_input_grad[1] and _wanted(ctx, 1):
+            if ctx.needs_input_grad[1] and wanted(_node(ctx, 1)):
                 share = Share(x_rows.detach(), rows.detach(), x_rows._version)
                 if not _deferred(ctx, 1, share):
                     for_weight = rows.T @ x_rows
-            if ctx.needs_input_grad[2] and _wanted(ctx, 2):
+            if ctx.needs_input_grad[2] and wanted(_node(ctx, 2)):
                 share = Share(None, rows.detach(), 0)
                 # Beside a weight whose gradient is formed there is nothing to save.
                 if for_weight is not None or not _deferred(ctx, 2, share):
@@ -152,14 +153,6 @@ class _Linear(torch.autograd.Function):
 
 def _node(ctx: Any, index: int) -> Any:
     return ctx.next_functions[index][0]
-
-
-def _wanted(ctx: Any, index: int) -> bool:
-    """Whether the running backward has a use for this input's gradient."""
-    try:
-        return torch._C._will_engine_execute_node(_node(ctx, index))
-    except RuntimeError:  # so it answers for a leaf that autograd.grad asks for
-        return True
 
 
 def _deferred(ctx: Any, index: int, share: Share) -> bool:
@@ -205,9 +198,9 @@ class FactoredLinear(nn.Linear):
         return cast(Tensor, _Linear.apply(input, self.weight, self.bias))
 
     def _may_defer(self) -> bool:
-        if torch.compiler.is_compiling() or (
-            torch.distributed.is_available() and torch.distributed.is_initialized()
-        ):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             return False
         for name in ("weight", "bias"):
             p = self._parameters.get(name)

@@ -29,9 +29,11 @@ from .hooks import ColumnHooks, _Hook, _unfollowable
 from .layers import FALLBACK, Factor, Layer, Tally, map_tensors
 from .likelihoods import LIKELIHOODS
 from .linear import forget, formed, held
-from .policy import PRESETS, SGD, HyperParameters, LayerPolicy, Schedules, check_policy
-from .precision import full_precision
+from .policy import PRESETS, SGD, HyperParameters, LayerPolicy, Schedules, check_policy, is_number
+from .precision import full_precision, rounding
 from .product import Product
+from .scaling import lost_scale
+from .wrappers import unwrapped
 
 __all__ = ["KFAC"]
 
@@ -97,7 +99,8 @@ class KFAC(torch.optim.Optimizer):
             taken by Algorithm 1, and the log says so once. .grad is formed all the same, but for a FactoredLinear.
         fisher: "empirical" or "sampled"; see `sample_fisher`.
         loss_scale: what the loss is multiplied with before `backward()`, while .grad is unscaled before `step()`;
-            for a GradScaler pass `scaler.get_scale`.
+            for a GradScaler pass `scaler.get_scale`. If it is left at 1, the first update refuses a .grad that is
+            smaller than the columns' by one power of two in all layers, from 2^8 on: a scale that nobody declared.
         skip_nonfinite: look at every step for NaN and Inf, which makes the host wait for the device. Without it,
             only steps that update factors are looked at; GradScaler looks at them all anyway.
         seed: of the RSVD's sketches, the corrections' choices and the sampled labels.
@@ -110,10 +113,12 @@ class KFAC(torch.optim.Optimizer):
         layers: the preconditioned layers by name.
 
     Raises:
-        InputError: an unknown preset, layer, process or option, or a value out of range.
+        InputError: an unknown preset, layer, process or option, a value out of range, or nothing to train.
     """
 
     _agreed = False  # whether the processes' gradients were seen to be the same
+    _scale_known = False  # whether .grad was seen to have the scale of the columns
+    _rounding = 0.0  # of float32 products in the backward
 
     def __init__(
         self,
@@ -157,13 +162,14 @@ class KFAC(torch.optim.Optimizer):
                 "linear_application (Algorithm 8) needs fisher='empirical': with sampled labels, G A^T is not the "
                 "gradient"
             )
-        if not lr >= 0:
-            raise InputError(f"lr must not be negative, got {lr}")
+        if not isinstance(model, nn.Module):
+            raise InputError(f"the model must be an nn.Module, got {type(model).__name__}")
+        if policy is not None and not isinstance(policy, Mapping):
+            raise InputError(f"policy must map layer names to choices, got {policy!r}")
+        _check_setting("lr", lr)
         if steps_per_epoch is not None and steps_per_epoch < 1:
             raise InputError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module  # its forward calls this, hooks and all
-        self.model = model
+        self.model = model = unwrapped(model)
         self.algorithm = algorithm
         self.policy = dict(policy or {})
         self.schedules = Schedules(
@@ -197,10 +203,14 @@ class KFAC(torch.optim.Optimizer):
         self._group_schedules: list[dict[str, Callable[[int], float]]] = []
         self._samples = 0  # micro-batches of the coming step that labels were drawn for
         self._said: set[str] = set()
+        self._skipped = 0  # steps, for NaN or Inf
+        self._unfit: dict[str, Tensor] = {}  # the last step whose S was not finite, by layer, on its device
         self._handle: Any = None
         self._open: list[ColumnHooks] = []
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
+            if not params:
+                raise InputError("the model has no trainable parameters")
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "clip": clip})
         self._follow()
 
@@ -208,13 +218,16 @@ class KFAC(torch.optim.Optimizer):
 
     @property
     def epoch(self) -> int:
-        if self._epoch is not None:
-            return self._epoch
-        return 0 if self.steps_per_epoch is None else self.k // self.steps_per_epoch
+        return self._epoch_of(self.k, self._epoch)
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
         self._epoch = int(epoch)
+
+    def _epoch_of(self, k: int, given: int | None) -> int:
+        if given is not None:
+            return given
+        return 0 if self.steps_per_epoch is None else k // self.steps_per_epoch
 
     @property
     def hyper(self) -> HyperParameters:
@@ -393,7 +406,7 @@ class KFAC(torch.optim.Optimizer):
         self._collect()
         if self.layers:
             device = next(iter(self.layers.values())).weight.device
-            with full_precision(device.type):
+            with full_precision(device.type) as self._rounding:
                 taken = self._step(hyper)
         else:
             taken = self._step(hyper)
@@ -414,8 +427,13 @@ class KFAC(torch.optim.Optimizer):
         columns = self._columns(active, tallies) if updating else {}
         by_columns = self._gradient_columns(active, tallies, team)
         if not self._look(updating, columns, by_columns, team):
-            self._say("skip", f"step {self.k}: NaN or Inf in the gradients or columns, the step is skipped")
+            self._skipped += 1
+            self._say_skipped()
             return False
+        for name, pair in (*columns.items(), *by_columns.items()):
+            self.layers[name].check_kind(self.k, pair)
+        if updating and not self._scale_known and self.fisher == "empirical":
+            self._check_scale(active, tallies, team)
         if updating:
             self._update(active, columns, tallies, hyper, team)
         for group, scheduled in zip(self.param_groups, self._group_schedules, strict=True):
@@ -473,6 +491,30 @@ class KFAC(torch.optim.Optimizer):
                 "pass data_parallel=False if each process trains its own"
             )
         self._agreed = True
+
+    def _check_scale(self, active: Sequence[Layer], tallies: Mapping[str, Tally], team: Processes) -> None:
+        """Once: whether .grad has the scale of the columns, where no `loss_scale` says that it has not."""
+        probed = [layer for layer in active if tallies[layer.name].n]
+        if callable(self.loss_scale) or self.loss_scale != 1.0 or not probed:
+            return
+        home = probed[0].weight.device
+        pairs = [[v.to(home, torch.float64) for v in layer.scale_probe(tallies[layer.name])] for layer in probed]
+        have, want = (torch.cat(part) for part in zip(*pairs, strict=True))
+        half = any(part.dtype in (torch.float16, torch.bfloat16) for layer in probed for part in layer.parts)
+        scale = lost_scale(have, team.sum(want), half)
+        if scale is not None:
+            raise InputError(
+                f"step {self.k}: .grad is {scale:g} times smaller than G A^T of the columns, in all layers: with "
+                "a GradScaler pass loss_scale=scaler.get_scale (if .grad is meant to be, loss_scale=lambda: 1.0)"
+            )
+        self._scale_known = True
+
+    def _say_skipped(self) -> None:
+        """To the log, at the 1st, 2nd, 4th, 8th, ... time."""
+        if self._skipped & (self._skipped - 1):
+            return
+        so_far = f" ({self._skipped} so far)" if self._skipped > 1 else ""
+        logger.warning("step %d: NaN or Inf in the gradients or columns, the step is skipped%s", self.k, so_far)
 
     def _columns(self, active: Sequence[Layer], tallies: Mapping[str, Tally]) -> dict[str, Columns]:
         """This process's share of what the factors take in this step, by layer."""
@@ -539,14 +581,24 @@ class KFAC(torch.optim.Optimizer):
         differs = []
         for name, pair in by_columns.items():
             layer = self.layers[name]
-            precision = layer.parts[0].dtype if layer.parts else torch.float32
-            differs.append(layer.differs_from_columns(pair, precision))
+            dtype = layer.parts[0].dtype if layer.parts else torch.float32
+            unit = rounding(layer.module, dtype, layer.weight.device.type, self._rounding)
+            differs.append(layer.differs_from_columns(pair, unit))
         if not looking and not differs:
             return True
+        unfit, self._unfit = self._unfit, {}
         home = next(iter(self.layers.values())).weight.device if self.layers else None
         bad = [~torch.stack([flag.to(home or flag.device) for flag in finite]).all()] if finite else []
         bad = bad or [torch.zeros((), dtype=torch.bool, device=home)]
-        skip, *values = team.any(torch.stack([flag.to(bad[0].device) for flag in (*bad, *differs)]))
+        flags = (*bad, *(last >= 0 for last in unfit.values()), *differs)
+        skip, *values = team.any(torch.stack([flag.to(bad[0].device) for flag in flags]))
+        lost, values = values[: len(unfit)], values[len(unfit) :]
+        for name, last in (item for item, was in zip(unfit.items(), lost, strict=True) if was):
+            logger.warning(
+                "layer %r, step %d: the preconditioned step left the range of its precision, and was left out",
+                name,
+                int(last),
+            )
         if skip:
             return False
         for name, differ in zip(list(by_columns), values, strict=True):
@@ -607,18 +659,27 @@ class KFAC(torch.optim.Optimizer):
         J = layer.gradient().to(layer.factors["G"].dtype)
         return cast(Tensor, precondition(J, G, A))
 
+    def _fitting(self, layer: Layer, S: Step) -> tuple[Step, Tensor]:
+        """S and its norm, both zero if S is not finite; `_look` reports it, so that nothing waits here."""
+        norm = S.norm() if isinstance(S, Product) else torch.linalg.vector_norm(S, dtype=torch.float64)
+        unfit = ~(norm <= torch.finfo(S.P.dtype if isinstance(S, Product) else S.dtype).max)
+        before = self._unfit.get(layer.name, torch.full((), -1, device=norm.device))
+        self._unfit[layer.name] = before.masked_fill(unfit, self.k)
+        return _zeroed(S, unfit), norm.masked_fill(unfit, 0.0)
+
     def _apply(self, active: Sequence[Layer], by_columns: Mapping[str, Columns], hyper: HyperParameters) -> None:
         """Algorithm 1 l.15-19 with clip, weight decay and momentum."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        steps: Iterator[tuple[Layer, Step]] = (
-            (layer, self._precondition(layer, by_columns.get(layer.name), hyper)) for layer in active
+        steps: Iterable[tuple[Layer, Step, Tensor]] = (
+            (layer, *self._fitting(layer, self._precondition(layer, by_columns.get(layer.name), hyper)))
+            for layer in active
         )
         if self.clip_by == "kl":
             steps = self._clipped_by_kl(list(steps), by_columns, groups)
-        for layer, S in steps:
+        for layer, S, norm in steps:
             clip = groups[layer.weight]["clip"]
             if self.clip_by == "layer" and clip is not None:
-                S = _scaled(S, _clip_factor(S, clip))
+                S = _scaled(S, _clip_factor(S, norm, clip))
             for p, update in layer.split(S).items():
                 self._descend(p, update, groups.pop(p))
         for p, group in groups.items():
@@ -627,17 +688,17 @@ class KFAC(torch.optim.Optimizer):
 
     def _clipped_by_kl(
         self,
-        steps: list[tuple[Layer, Step]],
+        steps: list[tuple[Layer, Step, Tensor]],
         by_columns: Mapping[str, Columns],
         groups: Mapping[Tensor, dict[str, Any]],
-    ) -> Iterator[tuple[Layer, Step]]:
+    ) -> Iterator[tuple[Layer, Step, Tensor]]:
         """All steps by one factor, that keeps lr^2 sum_l <S_l, g_l>, about twice the KL divergence, at `clip`."""
         clip = self.param_groups[0]["clip"]
         if clip is None or not steps:
             yield from steps
             return
         terms = []
-        for layer, S in steps:
+        for layer, S, _ in steps:
             if isinstance(S, Product):
                 A, G = by_columns[layer.name]
                 inner = S.inner(Product(G, A))
@@ -646,8 +707,8 @@ class KFAC(torch.optim.Optimizer):
             terms.append(groups[layer.weight]["lr"] ** 2 * inner)
         total = torch.stack([term.to(terms[0].device) for term in terms]).sum().abs()
         factor = torch.clamp(torch.sqrt(clip / total), max=1.0)
-        for layer, S in steps:
-            yield layer, _scaled(S, factor)
+        for layer, S, norm in steps:
+            yield layer, _scaled(S, factor), norm * factor
 
     def _descend(self, p: nn.Parameter, update: Step, group: Mapping[str, Any]) -> None:
         """SGD with `update` in the gradient's place."""
@@ -715,13 +776,19 @@ class KFAC(torch.optim.Optimizer):
             raise InputError(
                 f"the state has other layers: {', '.join(map(repr, odd))} in one and not in the other"
             )
+        # The epoch may be unknown as yet: a factor takes the values of its own at its next update.
+        hyper = self.schedules.at(self._epoch_of(kfac["k"], kfac["epoch"]))
+        saved = {name: kfac["layers"][name] for name in self.layers}
+        restored = {
+            name: layer.restored(saved[name], hyper, accumulate=self.accumulate, seed=self.seed)
+            for name, layer in self.layers.items()
+        }
         state["state"] = map_tensors(state["state"], torch.clone)  # momentum, too, is updated in place
-        super().load_state_dict(state)
+        super().load_state_dict(state)  # the last that may refuse it
         self.k, self._epoch = kfac["k"], kfac["epoch"]
         self._discard()
-        hyper = self.hyper
         for name, layer in self.layers.items():
-            layer.load_state_dict(kfac["layers"][name], hyper, accumulate=self.accumulate, seed=self.seed)
+            layer.restore(saved[name], restored[name])
         self._switch_hooks()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -784,9 +851,15 @@ def _remove(handles: Sequence[Any], opened: Sequence[ColumnHooks]) -> None:
         hooks.close()
 
 
-def _clip_factor(S: Step, clip: float) -> Tensor:
-    """min(1, clip / rms(S)), a 0-d tensor. The norm is summed in float64: squares of a long step may overflow."""
-    norm = S.norm() if isinstance(S, Product) else torch.linalg.vector_norm(S, dtype=torch.float64)
+def _zeroed(S: Step, where: Tensor) -> Step:
+    """0 if a 0-d boolean is true; a formed S is written to."""
+    if isinstance(S, Product):
+        return Product(S.P.masked_fill(where, 0.0), S.Q.masked_fill(where, 0.0))
+    return S.masked_fill_(where, 0.0)
+
+
+def _clip_factor(S: Step, norm: Tensor, clip: float) -> Tensor:
+    """min(1, clip / rms(S)), a 0-d tensor. The norm was summed in float64: squares of a long step may overflow."""
     return torch.clamp(clip * max(S.numel(), 1) ** 0.5 / norm, max=1.0)
 
 
@@ -808,7 +881,13 @@ def _check_choice(what: str, value: str, among: Iterable[str]) -> None:
 
 def _check_group(group: Mapping[str, Any]) -> None:
     for name in ("lr", "momentum", "weight_decay"):
-        if not group[name] >= 0:
-            raise InputError(f"{name} must not be negative, got {group[name]}")
-    if group["clip"] is not None and not group["clip"] > 0:
-        raise InputError(f"clip must be positive, or None for no clipping, got {group['clip']}")
+        _check_setting(name, group[name])
+    if group["clip"] is not None and not (is_number(group["clip"]) and group["clip"] > 0):
+        raise InputError(f"clip must be positive, or None for no clipping, got {group['clip']!r}")
+
+
+def _check_setting(name: str, value: Any) -> None:
+    if not is_number(value):
+        raise InputError(f"{name} must be a number, got {value!r}")
+    if not value >= 0:
+        raise InputError(f"{name} must not be negative, got {value}")

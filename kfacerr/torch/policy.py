@@ -84,12 +84,20 @@ class HyperParameters:
             *((name, 0) for name in ("oversampling", "n_pwr_it")),
         ):
             value = getattr(self, name)
-            if int(value) != value or value < least:
-                raise InputError(f"{name} must be a whole number of at least {least}, got {value}")
+            if not is_number(value) or value % 1 or not least <= value < float("inf"):
+                raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        for name in ("phi_corct", "phi_lambda", "rho"):
+            if not is_number(getattr(self, name)):
+                raise InputError(f"{name} must be a number, got {getattr(self, name)!r}")
         if not 0 < self.phi_corct <= 1:
             raise InputError(f"phi_corct must lie in (0, 1], got {self.phi_corct}")
         check_phi(self.phi_lambda)
         check_rho(self.rho)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value can be a setting: also NumPy's numbers and a 0-d tensor (a learning rate may be one)."""
+    return not isinstance(value, str | bytes) and all(hasattr(value, name) for name in ("__float__", "__lt__"))
 
 
 class Schedules:

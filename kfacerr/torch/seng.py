@@ -46,7 +46,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError
-from .hooks import _Hook, layer_columns
+from .hooks import _Hook, gradient_node, layer_columns, version, wanted
+from .scaling import lost_scale, probe
+from .wrappers import unwrapped
 
 __all__ = ["SENG", "seng_learning_rate"]
 
@@ -243,6 +245,8 @@ class Curvature:
         if not bool(K.isfinite().all()):
             raise torch.linalg.LinAlgError("the per-sample gradients are not finite")
         eigenvalues, eigenvectors = torch.linalg.eigh(K.double())
+        if not bool(eigenvalues.isfinite().all() & eigenvectors.isfinite().all()):
+            raise torch.linalg.LinAlgError("the EVD gave NaN or Inf")
         return cls(gradients, eigenvalues.clamp(min=0).to(K.dtype), eigenvectors.to(K.dtype), overscale)
 
     def direction(self, g: Tensor, damping: float) -> Tensor:
@@ -359,6 +363,7 @@ class SENG(torch.optim.Optimizer):
         self.svd_rank = svd_rank
         self.official_scaling = official_scaling
         self.skip_nonfinite = skip_nonfinite
+        self.model = model = unwrapped(model)
         self._modules = _followed_modules(model, layers)
         self._generator = torch.Generator().manual_seed(seed)
         self._curvature: dict[str, Curvature] = {}
@@ -367,8 +372,7 @@ class SENG(torch.optim.Optimizer):
         self._forward = 0
         self._captures: dict[str, list[_Capture]] = {}
         self._unreached: set[str] = set()  # layers already logged
-        self._close = weakref.finalize(self, _remove, self._attach(model))
-        self._close.atexit = False
+        self._hook_up()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, as any optimizer does, and checks its options."""
@@ -389,12 +393,13 @@ class SENG(torch.optim.Optimizer):
         self._captures.clear()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, loss_scale: float = 1.0) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, loss_scale: float | None = None) -> Any:
         """One step.
 
         Args:
             closure: evaluates the loss, with gradients, and returns it.
             loss_scale: what the loss was multiplied with before `backward()`, if `.grad` has been unscaled since.
+                1 if it is left out; the first step then refuses a scale that nobody declared, as `KFAC` does.
 
         Returns:
             The closure's loss, or None.
@@ -440,6 +445,26 @@ class SENG(torch.optim.Optimizer):
             for name, state in own["curvature"].items()
         }
         self._captures.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For deepcopy and pickle, together with the model: everything but the hooks and what they captured."""
+        left = ("_close", "_captures", "_generator", "step")  # `step`: a learning rate scheduler's wrapper
+        own = {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in left and not name.startswith(("_optimizer", "_zero_grad"))
+        }
+        return {**own, "_drawn": self._generator.get_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        drawn = state.pop("_drawn", None)
+        super().__setstate__(state)
+        if drawn is None:  # from torch's load_state_dict
+            return
+        self._generator = torch.Generator()
+        self._generator.set_state(drawn)
+        self._captures = {}
+        self._hook_up()
 
     # ---- the step ----
 
@@ -495,11 +520,15 @@ class SENG(torch.optim.Optimizer):
 
     # ---- the curvature ----
 
-    def _refresh(self, captures: "dict[str, list[_Capture]]", loss_scale: float) -> None:
+    def _refresh(self, captures: "dict[str, list[_Capture]]", loss_scale: float | None) -> None:
+        first = self._age is None
+        probes: list[tuple[Tensor, Tensor]] = []
         for name, module in self._modules.items():
             if name in captures:
                 try:
-                    self._curvature[name] = self._curvature_of(name, module, captures.pop(name), loss_scale)
+                    self._curvature[name] = self._curvature_of(
+                        name, module, captures.pop(name), loss_scale or 1.0, probes
+                    )
                     self._age = 0
                 except torch.linalg.LinAlgError as error:
                     log.warning("SENG: layer %r keeps its curvature at step %d: %s", name, self._steps, error)
@@ -507,12 +536,28 @@ class SENG(torch.optim.Optimizer):
                 self._unreached.add(name)
                 log.warning("SENG: no backward reached layer %r at step %d: no new curvature", name, self._steps)
 
+        if first and loss_scale is None and probes:
+            self._check_scale(probes)
+
+    def _check_scale(self, probes: list[tuple[Tensor, Tensor]]) -> None:
+        have, want = (torch.cat([v.to(probes[0][0]) for v in part]) for part in zip(*probes, strict=True))
+        if (scale := lost_scale(have, want)) is not None:
+            raise InputError(
+                f"SENG, step {self._steps}: .grad is {scale:g} times smaller than what the backward left: with a "
+                "GradScaler call scaler.step(optimizer, loss_scale=scaler.get_scale())"
+            )
+
     def _curvature_of(
-        self, name: str, module: nn.Module, captures: "list[_Capture]", loss_scale: float
+        self,
+        name: str,
+        module: nn.Module,
+        captures: "list[_Capture]",
+        loss_scale: float,
+        probes: list[tuple[Tensor, Tensor]],
     ) -> Curvature:
         """Of all samples captured; n is their total number, so that the rows of W keep their scale."""
         for capture in captures:
-            if capture.x._version != capture.version:
+            if capture.version not in (None, capture.x._version):
                 raise InputError(f"layer {name!r}: its input was overwritten in place between forward and step()")
         if isinstance(module, _BATCH_NORM):
             shares = [batch_norm_gradients(module, c.x, c.gradient, c.statistics) for c in captures]
@@ -528,6 +573,10 @@ class SENG(torch.optim.Optimizer):
         if module.bias is not None and not _trains_bias(module):
             A = A[:-1]
         del columns
+        weight = _weight(module)
+        if weight.grad is not None:
+            v = probe(weight[0].numel(), A)
+            probes.append((weight.grad.flatten(1).to(v.dtype) @ v, G @ (A[: len(v)].T @ v)))
         return self._sketch(A, G, n)
 
     def _sketch(self, A: Tensor, G: Tensor, n: int) -> Curvature:
@@ -552,6 +601,10 @@ class SENG(torch.optim.Optimizer):
 
     # ---- hooks ----
 
+    def _hook_up(self) -> None:
+        self._close = weakref.finalize(self, _remove, self._attach(self.model))
+        self._close.atexit = False
+
     def _attach(self, model: nn.Module) -> list[Any]:
         """Forward hooks that put a tensor hook on the output (see `ColumnHooks`); they do not keep self alive."""
         handles: list[Any] = [model.register_forward_pre_hook(_Hook(_weakly(self._on_model_forward)))]
@@ -571,11 +624,11 @@ class SENG(torch.optim.Optimizer):
             statistics = (module.running_mean.clone(), cast(Tensor, module.running_var).clone())
         x = (args[0] if args else kwargs["input"]).detach()
         # Only the graph holds the capture until a gradient comes, so a forward without a backward leaves nothing.
-        capture = _Capture(x, statistics, self._forward)
+        capture = _Capture(x, statistics, self._forward, gradient_node(module))
         output.register_hook(lambda grad: self._on_gradient(name, capture, grad))
 
     def _on_gradient(self, name: str, capture: "_Capture", grad: Tensor) -> None:
-        if capture.released:
+        if capture.released or not wanted(capture.node):
             return
         captures = self._captures.setdefault(name, [])
         if capture in captures:  # a second backward through a retained graph
@@ -593,13 +646,14 @@ class SENG(torch.optim.Optimizer):
 class _Capture:
     """One pass of one layer: its input and, after the backward, the gradient of its output."""
 
-    __slots__ = ("forward", "gradient", "released", "statistics", "version", "x")
+    __slots__ = ("forward", "gradient", "node", "released", "statistics", "version", "x")
 
     gradient: Tensor
 
-    def __init__(self, x: Tensor, statistics: tuple[Tensor, Tensor] | None, forward: int) -> None:
+    def __init__(self, x: Tensor, statistics: tuple[Tensor, Tensor] | None, forward: int, node: Any) -> None:
         self.x = x
-        self.version = x._version
+        self.version = version(x)
+        self.node = node
         self.statistics = statistics
         self.forward = forward
         self.released = False
