@@ -15,9 +15,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from kfacerr.errors import InputError
-from kfacerr.torch import SENG, seng_learning_rate
-from kfacerr.torch import seng as seng_module
-from kfacerr.torch.seng import (
+from kfacerr.torch import SENG, curvature, seng_learning_rate
+from kfacerr.torch.curvature import (
     FactoredGradients,
     compressed,
     dense_gradients,
@@ -271,7 +270,7 @@ def test_damping_is_read_at_every_step():
 @pytest.mark.parametrize("block", [1, 40, 1 << 24])
 @pytest.mark.parametrize("positions", [1, 3])
 def test_both_forms_of_the_small_matrix_are_that_of_the_dense_gradients(monkeypatch, block, positions):
-    monkeypatch.setattr(seng_module, "_BLOCK", block)
+    monkeypatch.setattr(curvature, "_BLOCK", block)
     n = 5
     A, G = _columns(n, positions, 7, 4)
     K = dense_gradients(A, G, n).gram()
