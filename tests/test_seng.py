@@ -872,8 +872,8 @@ def test_curvature_of_a_half_precision_forward_is_kept_in_float32():
     loss.backward()
     optimizer.step()
     assert optimizer._curvature.keys() == {"0", "1", "4"}
-    for curvature in optimizer._curvature.values():
-        assert curvature.eigenvectors.dtype == torch.float32
+    for kept in optimizer._curvature.values():
+        assert kept.eigenvectors.dtype == torch.float32
 
 
 def test_trains_a_small_network_with_the_settings_of_the_paper():
