@@ -1,5 +1,6 @@
 """`kfacerr replay` and `kfacerr info` at the command line: the CSV contract, and one line for every bad input."""
 
+import functools
 import signal
 import subprocess
 import sys
@@ -465,8 +466,10 @@ def test_ctrl_c_keeps_the_rows_and_exits_with_130(tmp_path, recording, capsys, m
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_to_end_keeps_the_rows_as_ctrl_c_does(tmp_path, recording, capsys, monkeypatch, name):
+def test_a_signal_to_end_keeps_the_rows_as_ctrl_c_does(tmp_path, recording, capsys, monkeypatch, request, name):
     push, number = ErrorStudy.push, getattr(signal, name)
+    request.addfinalizer(functools.partial(signal.signal, number, signal.getsignal(number)))
+    signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and stays so
 
     def stopped(self, step):
         if step.k == 40:
