@@ -13,9 +13,10 @@ Three tasks in float32:
                  that of T_inv=10) against naive evaluations with eigh: of everything (every process dense), and of
                  the errors alone, the processes' own work not counted
 
-In each round every way takes its turn, on new columns. A ratio is of times of one round; given are its median and
-quartiles over the rounds, and beside it the ratio of the shortest times, which other work on the machine disturbs
-least. What is slow runs in fewer rounds. An exponent is the slope of log(shortest time) over the largest sizes.
+In each round every way takes its turn, on new columns; what NumPy's BLAS does, whose threads would stall torch's,
+has its rounds after those of the rest. A ratio is of times of one round; given are its median and quartiles over
+the rounds, and beside it the ratio of the shortest times, which other work on the machine disturbs least. What is
+slow runs in fewer rounds. An exponent is the slope of log(shortest time) over the largest sizes.
 
 Peak memory is what one run adds to the process's resident set, its result included (Linux), or the CUDA
 allocator's; on CUDA only what runs there is measured. The accuracy of the Brand update stands beside its speed:
@@ -75,6 +76,9 @@ OURS, NAIVE, NAIVE_ERRORS = "kfacerr", "dense, eigh", "dense, eigh, errors only"
 
 BASES = {NP_BRAND: NP_FLOOR}
 """What a way is compared with, where that is not the first of its task."""
+
+OWN_THREADS = frozenset({NP_BRAND, NP_FLOOR, IPCA, RANDOMIZED})
+"""What runs on NumPy's BLAS, whose threads go on spinning for a while after a call, when torch's wait."""
 
 UP_TO = {RSVD: 8192, SVD_LOWRANK: 8192, RANDOMIZED: 4096, EVD: 4096, ALGORITHM_1: 8192, DENSE: 4096}
 """Largest d of the ways that are not linear in it."""
@@ -302,9 +306,11 @@ def measure(
     """Times: task, d, way, round, seconds, load; and peak memory: task, d, way, MiB."""
     memory, times = [], []
     spent = dict.fromkeys(bench, 0.0)
-    for round in range(-1, rounds):  # the first warms up, and has its memory watched
+    pools = [{n: make for n, make in bench.items() if (n in OWN_THREADS) == own} for own in (False, True)]
+    # The first round warms up, and has its memory watched.
+    for round, ways in ((round, ways) for ways in pools for round in range(-1, rounds)):
         X = torch.from_numpy(columns(d, n, rng)).to(device)
-        for way, make in bench.items():
+        for way, make in ways.items():
             if d > UP_TO.get(way, d) or (round >= 2 and spent[way] > budget):
                 continue
             run = make(X)
