@@ -43,7 +43,7 @@ from kfacerr.errors import InputError
 from kfacerr.files import write_text
 from kfacerr.inverse import CONTINUATIONS
 from studies.data import Dataset
-from studies.drivers import TABLE_1, TABLE_2, settings_for
+from studies.drivers import TABLE_1, TABLE_2
 from studies.files import load_checkpoint
 from studies.optimizer_claims import judge
 from studies.presets import OPTIMIZER_PRESETS, OptimizerPreset
@@ -61,9 +61,9 @@ from studies.running import (
     write_csv,
 )
 from studies.timing import Timing, synchronize, time_drivers, write_timings
-from studies.training import Diverged, Training, TrainingConfig
+from studies.training import Diverged, Training
 
-__all__ = ["Epoch", "OptimizerRun", "main", "training_config"]
+__all__ = ["Epoch", "OptimizerRun", "main"]
 
 
 class Epoch(NamedTuple):
@@ -84,24 +84,6 @@ class Epoch(NamedTuple):
     test_accuracy: float
 
 
-def training_config(preset: OptimizerPreset, driver: str, seed: int, device: str) -> TrainingConfig:
-    """A driver's settings at the preset's size."""
-    return TrainingConfig(
-        batch_size=preset.batch_size,
-        epochs=preset.epochs,
-        width=preset.width,
-        seed=seed,
-        driver=driver,
-        augment=preset.augment,
-        device=device,
-        rank_scale=preset.rank_scale,
-        continuation=preset.continuation,
-        equal_rank=preset.equal_rank,
-        amp=preset.amp,
-        **settings_for(driver, preset.batch_size),  # type: ignore[arg-type]
-    )
-
-
 class OptimizerRun:
     """One job: one optimizer trains with one seed, and is evaluated at each epoch's end.
 
@@ -111,7 +93,7 @@ class OptimizerRun:
 
     def __init__(self, preset: OptimizerPreset, dataset: Dataset, optimizer: str, seed: int, device: str) -> None:
         self.optimizer, self.seed = optimizer, seed
-        self.training = Training(training_config(preset, optimizer, seed, device), dataset)
+        self.training = Training(preset.training_config(optimizer, seed, device), dataset)
         self.epochs: list[Epoch] = []
         self.diverged = ""
         self._loss = torch.zeros((), dtype=torch.float64, device=self.training.device)  # sum over the epoch
@@ -309,7 +291,7 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     out: Path = arguments.out
     timed = (*optimizers, *(TABLE_1 if set(optimizers) == set(TABLE_2) else ()))
-    configs = {name: training_config(preset, name, preset.seeds[0], arguments.device) for name in timed}
+    configs = {name: preset.training_config(name, preset.seeds[0], arguments.device) for name in timed}
     times = out / "state" / "timing"
     timings = time_drivers(configs, dataset, preset.timing_rounds, times, lambda: True)  # those taken already
     jobs = [

@@ -1,6 +1,7 @@
 """The presets of the error study (§4.2) and of the performance study (§6): what is trained, and for how long."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from kfacerr.stream import Window
 from studies.drivers import settings_for
@@ -75,19 +76,8 @@ class Preset:
 
     def training_config(self, driver: str, seed: int, steps_per_epoch: int, device: str) -> TrainingConfig:
         """A driver's settings at the preset's size. Periods are those of §4.2, whatever the size."""
-        return TrainingConfig(
-            batch_size=self.batch_size,
-            epochs=max(self.epochs(steps_per_epoch), self.schedule_epochs),
-            width=self.width,
-            seed=seed,
-            driver=driver,
-            augment=self.augment,
-            device=device,
-            schedule_epochs=self.schedule_epochs,
-            rank_scale=self.rank_scale,
-            amp=self.amp,
-            **settings_for(driver, self.batch_size),  # type: ignore[arg-type]
-        )
+        epochs = max(self.epochs(steps_per_epoch), self.schedule_epochs)
+        return _training_config(self, driver, seed, device, epochs=epochs, schedule_epochs=self.schedule_epochs)
 
 
 PRESETS = {
@@ -168,6 +158,20 @@ class OptimizerPreset:
     continuation: str = "min"
     equal_rank: bool = False
     amp: bool = False
+
+    def training_config(self, driver: str, seed: int, device: str) -> TrainingConfig:
+        """A driver's settings at the preset's size."""
+        own = {"epochs": self.epochs, "continuation": self.continuation, "equal_rank": self.equal_rank}
+        return _training_config(self, driver, seed, device, **own)
+
+
+def _training_config(
+    preset: Preset | OptimizerPreset, driver: str, seed: int, device: str, **own: Any
+) -> TrainingConfig:
+    """What both kinds of study say alike, and what is `own` to one."""
+    alike = {name: getattr(preset, name) for name in ("batch_size", "width", "augment", "rank_scale", "amp")}
+    settings: dict[str, Any] = alike | own | settings_for(driver, preset.batch_size)
+    return TrainingConfig(seed=seed, driver=driver, device=device, **settings)
 
 
 OPTIMIZER_PRESETS = {

@@ -20,14 +20,13 @@ from studies.drivers import (
     find_driver,
     update_period,
 )
-from studies.optimizers import training_config
 from studies.presets import OPTIMIZER_PRESETS
 from studies.training import Training, TrainingConfig
 from tests.test_training import assert_same_weights, tiny_dataset
 
 
 def paper_config(driver: str) -> TrainingConfig:
-    return training_config(OPTIMIZER_PRESETS["paper"], driver, 0, "cpu")
+    return OPTIMIZER_PRESETS["paper"].training_config(driver, 0, "cpu")
 
 
 def paper_optimizer(driver: str) -> torch.optim.Optimizer:
@@ -139,9 +138,9 @@ def test_schedules_are_read_at_the_papers_epoch_and_ranks_are_scaled() -> None:
 
 def test_learning_rates_scale_with_the_root_of_the_batch() -> None:
     preset = OPTIMIZER_PRESETS["cifar10-small"]
-    assert training_config(preset, "sgd", 0, "cpu").learning_rate == pytest.approx(0.1 / 2)
-    assert training_config(preset, "k-fac", 0, "cpu").learning_rate == pytest.approx(0.3 / 2)
-    assert training_config(preset, "adamw", 0, "cpu").learning_rate == 1e-3
+    assert preset.training_config("sgd", 0, "cpu").learning_rate == pytest.approx(0.1 / 2)
+    assert preset.training_config("k-fac", 0, "cpu").learning_rate == pytest.approx(0.3 / 2)
+    assert preset.training_config("adamw", 0, "cpu").learning_rate == 1e-3
 
 
 # On the paper's network, small.

@@ -28,7 +28,7 @@ from kfacerr.errors import InputError
 from studies import optimizers, timing
 from studies.drivers import TABLE_1, TABLE_2, Driver
 from studies.optimizer_claims import CLAIMS, Evidence, judge
-from studies.optimizers import OptimizerRun, training_config
+from studies.optimizers import OptimizerRun
 from studies.presets import OPTIMIZER_PRESETS, OptimizerPreset
 from studies.timing import PARTS, Stopwatch, Timing, measure
 from studies.training import DRIVERS, Training
@@ -98,7 +98,7 @@ def test_a_study_leaves_every_table_and_figure(whole: Path) -> None:
 
 def test_all_optimizers_start_alike_and_part(whole: Path) -> None:
     """The same weights, the same first batch: the epochs differ by the optimizer alone."""
-    config = {name: training_config(TINY, name, 0, "cpu") for name in MINE}
+    config = {name: TINY.training_config(name, 0, "cpu") for name in MINE}
     trainings = [Training(config[name], tiny_dataset()) for name in MINE]
     first = [float(training.step()) for training in trainings]
     assert first[0] == first[1] == first[2]
@@ -223,7 +223,7 @@ def test_the_clock_stops_while_a_run_is_evaluated_and_saved(monkeypatch: pytest.
     ],
 )
 def test_the_parts_of_a_step_add_up_to_it(driver: str, working: set[str]) -> None:
-    timed = measure(training_config(TINY, driver, 0, "cpu"), tiny_dataset(24), 0)
+    timed = measure(TINY.training_config(driver, 0, "cpu"), tiny_dataset(24), 0)
     assert {part for part, seconds in timed.parts.items() if seconds > 0} == working
     assert sum(timed.parts.values()) == pytest.approx(timed.t_epoch, rel=0.02)
     assert timed.steps % DRIVERS[driver].cycle(3) == 0
@@ -251,7 +251,7 @@ def test_nested_parts_are_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_was_timed_otherwise_is_refused(tmp_path: Path) -> None:
-    config = training_config(TINY, "sgd", 0, "cpu")
+    config = TINY.training_config("sgd", 0, "cpu")
     timing.time_drivers({"sgd": config}, tiny_dataset(24), 1, tmp_path)
     other = dataclasses.replace(config, batch_size=4)
     with pytest.raises(InputError, match="another configuration"):
@@ -414,7 +414,7 @@ def test_targets_ascend_and_configurations_can_be_written(preset: OptimizerPrese
     assert list(preset.targets) == sorted(set(preset.targets))
     assert json.loads(json.dumps(dataclasses.asdict(preset)))["name"] == preset.name
     for driver in (*TABLE_2, *TABLE_1):
-        training_config(preset, driver, 0, "cpu")
+        preset.training_config(driver, 0, "cpu")
 
 
 def test_names_are_those_of_the_drivers() -> None:

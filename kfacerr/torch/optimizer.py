@@ -27,6 +27,7 @@ from ..stream import Columns
 from .distributed import Processes, update_together
 from .hooks import ColumnHooks, _Hook, _unfollowable
 from .layers import FALLBACK, Factor, Layer, Tally, map_tensors
+from .lifetime import weakly, without_hooks
 from .likelihoods import LIKELIHOODS
 from .linear import forget, formed, held
 from .policy import PRESETS, SGD, HyperParameters, LayerPolicy, Schedules, check_policy, is_number
@@ -266,7 +267,7 @@ class KFAC(torch.optim.Optimizer):
                 raise InputError(f"layer {name!r} {reason}: it cannot be preconditioned")
         if self._handle is None:
             # Before the hooks of the layers, which refuse a forward while columns are waiting.
-            self._handle = self.model.register_forward_pre_hook(_Hook(_weakly(self._on_forward)), prepend=True)
+            self._handle = self.model.register_forward_pre_hook(_Hook(weakly(self._on_forward)), prepend=True)
             weakref.finalize(self, _remove, [self._handle], self._open).atexit = False
         mine = {p for group in self.param_groups for p in group["params"]}
         owners = Counter(p for module in modules.values() for p in module.parameters(recurse=False))
@@ -793,12 +794,7 @@ class KFAC(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle, together with the model: everything but the hooks."""
-        left = ("layers", "_handle", "_open", "step")  # `step`: a learning rate scheduler's wrapper
-        own = {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in left and not name.startswith(("_optimizer", "_zero_grad"))
-        }
+        own = without_hooks(self, ("layers", "_handle", "_open"))
         held = {name: (layer.factors, layer.linear) for name, layer in self.layers.items()}
         return {**own, "_held": held}
 
@@ -830,18 +826,6 @@ def _why_plain(
     if owners[weight] > 1:
         return "shares its weight with another layer", logging.WARNING
     return None
-
-
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """The method while its object lives: a model must not keep its optimizers alive."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(*args)
-
-    return call
 
 
 def _remove(handles: Sequence[Any], opened: Sequence[ColumnHooks]) -> None:

@@ -32,6 +32,7 @@ from .curvature import (
     trains_bias,
 )
 from .hooks import _Hook, gradient_node, layer_columns, version, wanted
+from .lifetime import weakly, without_hooks
 from .scaling import lost_scale, probe
 from .wrappers import unwrapped
 
@@ -222,12 +223,7 @@ class SENG(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """For deepcopy and pickle, together with the model: everything but the hooks and what they captured."""
-        left = ("_close", "_captures", "_generator", "step")  # `step`: a learning rate scheduler's wrapper
-        own = {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in left and not name.startswith(("_optimizer", "_zero_grad"))
-        }
+        own = without_hooks(self, ("_close", "_captures", "_generator"))
         return {**own, "_drawn": self._generator.get_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -381,9 +377,9 @@ class SENG(torch.optim.Optimizer):
 
     def _attach(self, model: nn.Module) -> list[Any]:
         """Forward hooks that put a tensor hook on the output (see `ColumnHooks`); they do not keep self alive."""
-        handles: list[Any] = [model.register_forward_pre_hook(_Hook(_weakly(self._on_model_forward)))]
+        handles: list[Any] = [model.register_forward_pre_hook(_Hook(weakly(self._on_model_forward)))]
         for name, module in self._modules.items():
-            hook = _Hook(_weakly(self._on_layer_forward), name)
+            hook = _Hook(weakly(self._on_layer_forward), name)
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return handles
 
@@ -507,17 +503,6 @@ def _unfollowable(module: nn.Module, uses: dict[nn.Parameter, int]) -> str | Non
 def _check(name: str, value: object, valid: bool, what: str) -> None:
     if not valid:
         raise InputError(f"SENG: {name} must be {what}, got {value!r}")
-
-
-def _weakly(method: Callable[..., None]) -> Callable[..., None]:
-    """The bound method without its hold on the object; nothing once that is gone."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> None:
-        if (alive := reference()) is not None:
-            alive(*args)
-
-    return call
 
 
 def _remove(handles: list[Any]) -> None:
