@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from figures.optimizers import NAMES, epochs_to
 from kfacerr.metrics import METRICS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -50,3 +51,32 @@ def test_the_tables_of_the_findings_are_those_of_the_csvs():
     for algorithm, continuation, epoch, values in rows:
         computed = [f"{mean[algorithm, continuation, int(epoch), metric]:.3g}" for metric in METRICS]
         assert values.split(" | ") == computed, (algorithm, continuation, epoch)
+
+
+def test_the_table_of_optimizers_in_the_findings_is_that_of_the_csvs():
+    folder = DOCS.parent / "figures" / "optimizers-cifar10-small"
+    epochs = pd.read_csv(folder / "epochs.csv")
+    t_epoch = pd.read_csv(folder / "timing.csv").groupby("driver").t_epoch.mean()
+    text = (DOCS / "findings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w -]+) \| ([\d.]+)% \| (.+?) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert {name for name, *_ in rows} == set(NAMES.values())
+    for name, best, reached, seconds in rows:
+        driver = next(key for key, value in NAMES.items() if value == name)
+        runs = [run for _, run in epochs[epochs.optimizer == driver].groupby("seed")]
+        first = pd.Series([epochs_to(run, 0.45) for run in runs]).dropna()
+        expected = f"{first.mean():.2g} ({len(first)} of {len(runs)})" if len(first) else "none"
+        mean = 100 * sum(run.test_accuracy.max() for run in runs) / len(runs)
+        assert abs(float(best) - mean) < 0.05 + 1e-9, name  # a tie may be rounded either way
+        assert (reached, seconds) == (expected, f"{t_epoch[driver]:.1f}"), name
+
+
+def test_the_table_of_steps_in_the_findings_is_that_of_the_csv():
+    summary = pd.read_csv(DOCS.parent / "figures" / "peers" / "summary.csv").set_index(["optimizer", "kind"])
+    text = (DOCS / "findings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \| (\d+) \| (\d*) ?\| (\d*) ?\| (\d+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert {row[0] for row in rows} == set(summary.index.get_level_values("optimizer"))
+    for name, *values, ratio in rows:
+        for kind, value in zip(("plain", "factors", "inverse", "mean"), values, strict=True):
+            known = (name, kind) in summary.index
+            assert value == (f"{summary.ms[name, kind]:.0f}" if known else ""), (name, kind)
+        assert float(ratio) == pytest.approx(summary.ratio[name, "mean"], abs=0.05), name
