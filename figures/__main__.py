@@ -8,7 +8,7 @@ from figures import optimizers
 from figures.monitor import render_monitor
 from figures.render import render
 from kfacerr.cli import Parser
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

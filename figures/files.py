@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from kfacerr.plot import save
 
 __all__ = ["note", "read_table", "save_both"]

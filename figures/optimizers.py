@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 
 from figures.files import read_table, save_both
 from figures.render import PAPER_TABLE_1
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from kfacerr.files import write_text
 
 __all__ = [

@@ -11,7 +11,7 @@ from figures.files import note, read_table, save_both
 from kfacerr.files import write_text
 from kfacerr.metrics import METRICS
 from kfacerr.plot import METRIC_LABELS, error_figure
-from kfacerr.replay import by_window
+from kfacerr.study import by_window
 
 __all__ = ["PAPER_TABLE_1", "render", "spectrum_figure", "table_1", "variants_figure"]
 

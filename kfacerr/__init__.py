@@ -6,14 +6,14 @@ K-FACs" it holds. PyTorch is only imported by `kfacerr.torch`.
 
 from .algorithms import SEVEN, Settings, make_process
 from .certificate import Certificate
-from .errors import InputError
+from .exceptions import InputError
 from .frequent_directions import FrequentDirections
 from .lowrank import LowRank
 from .metrics import METRICS
 from .process import EAFactor, Estimate, Process
 from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd, Sketch
-from .replay import ErrorStudy, Row, table
 from .stream import Columns, Step, Window
+from .study import ErrorStudy, Row, table
 
 __all__ = [
     "METRICS",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import InputError
+from .exceptions import InputError
 from .frequent_directions import FrequentDirections
 from .process import Process
 from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd, Sketch

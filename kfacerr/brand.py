@@ -25,8 +25,8 @@ from typing import NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from .backend import check_columns, device_array, eigh_descending, eps, namespace, product_into, to_numpy
-from .errors import InputError
+from .array import check_columns, device_array, eigh_descending, eps, namespace, product_into, to_numpy
+from .exceptions import InputError
 from .lowrank import LowRank
 from .stream import Array
 

@@ -42,7 +42,7 @@ estimate.
   is the larger part where the spectrum decays and m is in the hundreds. Brand's EVDs are in float64 whatever the
   dtype, so that `unit` is eps only where it is float64's.
 
-The constants are set from experience (about twice the most seen, see tests/test_certificate.py), not from a
+The constants are set from experience (about twice the most seen: tests/kfacerr/test_certificate.py), not from a
 worst-case analysis. In float32 it is 1e-4 t_k at rho = 0.95 and r + n = 476: a certificate below that says "below
 rounding".
 """
@@ -52,7 +52,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backend import eps, namespace
+from .array import eps, namespace
 from .lowrank import LowRank
 from .stream import Array
 

@@ -17,14 +17,14 @@ import pandas as pd
 from tqdm import tqdm
 
 from .algorithms import SEVEN, Settings
-from .errors import InputError
+from .exceptions import InputError
 from .files import write_atomically
 from .inverse import CONTINUATIONS, ESCAPED
 from .metrics import METRICS
 from .plot import check_format, error_figure, save
 from .recording import LayerRecording, Recording
-from .replay import DAMPINGS, ErrorStudy, Row, table
 from .stream import Array, Step
+from .study import DAMPINGS, ErrorStudy, Row, table
 from .verify import Report, verify_layer
 
 __all__ = ["Parser", "main"]

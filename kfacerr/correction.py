@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .backend import device_array, eigh_descending, namespace
+from .array import device_array, eigh_descending, namespace
 from .lowrank import LowRank
 from .stream import Array
 

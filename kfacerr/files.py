@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import InputError
+from .exceptions import InputError
 
 __all__ = ["write_atomically", "write_text"]
 

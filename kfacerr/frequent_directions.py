@@ -20,7 +20,7 @@ better one by the argument of §3.3 "Why use M_B, not B". Continuation "escaped"
 from dataclasses import replace
 from typing import Any
 
-from .backend import namespace
+from .array import namespace
 from .processes import Brand
 from .stream import Array
 

@@ -13,8 +13,8 @@ from typing import Protocol
 import array_api_compat as compat
 import numpy as np
 
-from .backend import cholesky_inverse, device_array, eps, namespace
-from .errors import InputError
+from .array import cholesky_inverse, device_array, eps, namespace
+from .exceptions import InputError
 from .lowrank import LowRank
 from .stream import Array
 

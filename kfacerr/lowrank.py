@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from .backend import namespace
+from .array import namespace
 from .stream import Array
 
 __all__ = ["LowRank"]

@@ -11,7 +11,7 @@ import math
 import array_api_compat as compat
 import numpy as np
 
-from .backend import namespace
+from .array import namespace
 from .inverse import DampedInverse, Inverse
 from .stream import Array
 

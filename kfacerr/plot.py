@@ -13,9 +13,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .errors import InputError
+from .exceptions import InputError
 from .files import write_atomically
-from .replay import by_window
+from .study import by_window
 
 __all__ = ["METRIC_LABELS", "check_format", "error_curves", "error_figure", "save", "style"]
 

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .backend import check_columns, namespace, rank_k_update
+from .array import check_columns, namespace, rank_k_update
 from .certificate import Certificate
-from .errors import InputError
+from .exceptions import InputError
 from .lowrank import LowRank
 from .stream import Array
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from .backend import namespace
+from .array import namespace
 from .brand import carried, symmetric_brand
 from .certificate import FLOAT64, Certificate
 from .correction import correct
-from .errors import InputError
+from .exceptions import InputError
 from .lowrank import LowRank
 from .process import Clock, EAFactor, Estimate, Process, check_rho, mean_square
 from .rsvd import evd, nystrom, rsvd, srevd

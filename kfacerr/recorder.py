@@ -18,8 +18,8 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
-from .backend import to_numpy
-from .errors import InputError
+from .array import to_numpy
+from .exceptions import InputError
 from .recording import (
     FORMAT,
     VERSION,

@@ -27,7 +27,7 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
-from .errors import InputError
+from .exceptions import InputError
 from .stream import Step, Window
 
 __all__ = ["FORMAT", "VERSION", "LayerRecording", "Recording"]

@@ -7,8 +7,8 @@ M being symmetric, one power iteration is one product with M.
 
 import numpy as np
 
-from .backend import eigh_descending, eps, namespace, normal
-from .errors import InputError
+from .array import eigh_descending, eps, namespace, normal
+from .exceptions import InputError
 from .lowrank import LowRank
 from .stream import Array
 

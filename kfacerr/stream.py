@@ -1,7 +1,7 @@
 """The one interface that ties training to error analysis: a stream of steps of one layer.
 
 A stream is any iterable of `Step`. Training yields it live (`kfacerr.torch.hooks`), a file yields it again
-(`kfacerr.recording`), and `kfacerr.replay` consumes it; none of them knows the other.
+(`kfacerr.recording`), and `kfacerr.study` consumes it; none of them knows the other.
 """
 
 from numbers import Integral

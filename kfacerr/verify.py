@@ -2,10 +2,11 @@
 
 Two kinds of check, both on the K-factors A and G of a layer:
 
-- **Stretches.** A few runs of consecutive updates get every claim of `kfacerr.bounds` (Propositions 3.1-4.2, (19),
-  footnote 11) and every certificate against dense matrices, at any d: `bounds.compress` turns the columns into
-  short ones by an isometry, which changes no claim. It is exact; nothing is estimated. A stretch in the middle
-  starts from the B-KFAC estimate there, M_0 = U D U^T, as a column block of its own: a p.s.d. matrix like others.
+- **Stretches.** A few runs of consecutive updates get every claim of `kfacerr.propositions` (Propositions 3.1-4.2,
+  (19), footnote 11) and every certificate against dense matrices, at any d: `propositions.compress` turns the
+  columns into short ones by an isometry, which changes no claim. It is exact; nothing is estimated.
+  A stretch in the middle starts from the B-KFAC estimate there, M_0 = U D U^T, as a column
+  block of its own: a p.s.d. matrix like others.
   Where the matrices would have more than `ROWS` rows, a random choice of each update's columns stands for all:
   a claim on any columns is a claim on those, and a violation found is one.
 - **The whole stream.** B-KFAC's certificate at every update, from `PROBES` Gaussian columns W whose products M_k W
@@ -21,16 +22,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import bounds
-from .backend import check_columns
-from .bounds import Claim, Identity, Inequality, Psd
+from . import propositions
+from .array import check_columns
 from .certificate import Certificate
 from .correction import correct
-from .errors import InputError
+from .exceptions import InputError
 from .frequent_directions import FrequentDirections
 from .lowrank import LowRank
 from .process import EAFactor, Process, check_rho
 from .processes import Brand, BrandRsvd, Evd, Rsvd, Sketch
+from .propositions import Claim, Identity, Inequality, Psd
 from .recording import LayerRecording
 from .rsvd import nystrom, rsvd
 
@@ -105,7 +106,7 @@ def findings(claims: Iterable[tuple[str, Claim]]) -> list[Finding]:
 
 
 def _relative_slack(claim: Claim) -> float:
-    if isinstance(claim, Inequality) and claim.large > bounds.TOLERANCE * claim.unit * claim.scale:
+    if isinstance(claim, Inequality) and claim.large > propositions.TOLERANCE * claim.unit * claim.scale:
         return claim.slack / claim.large
     if isinstance(claim, Inequality) and claim.holds():
         return math.inf
@@ -124,7 +125,7 @@ def certificate_claims(process: Process, M: np.ndarray, phi: float, where: str) 
     top, d = float(np.linalg.norm(M, 2)), len(M)
     nuclear, rounding = float(known.nuclear), float(known.rounding)
     scale = _scale(float(np.trace(M)), rounding)
-    actual = bounds.norms(E)
+    actual = propositions.norms(E)
     yield Psd("certificate: M - M~ p.s.d.", E, scale, where)
     yield Identity("certificate: nuclear norm = t - sum D", actual["nuclear"], nuclear, scale, where)
     yield Inequality("certificate: Frobenius", actual["Frobenius"], float(known.frobenius), scale, where)
@@ -137,7 +138,7 @@ def certificate_claims(process: Process, M: np.ndarray, phi: float, where: str) 
     eye = np.eye(d)
     difference = np.linalg.inv(M - E + lam * eye) - np.linalg.inv(M + lam * eye)
     bound = known.inverse_bound(held.trace * 0 + lam)
-    inverse = bounds.norms(difference)
+    inverse = propositions.norms(difference)
     scale = d**0.5 * (1 + top / lam) / lam
     yield Inequality("certificate: inverse, spectral", inverse["spectral"], float(bound.spectral), scale, where)
     yield Inequality("certificate: inverse, Frobenius", inverse["Frobenius"], float(bound.frobenius), scale, where)
@@ -148,7 +149,7 @@ def _scale(trace: float, rounding: float) -> float:
 
     The check forms M and M~ by products, which round by 2 d^(1/2) eps t at most: TOLERANCE eps t at d = 1000.
     """
-    return trace + rounding / (bounds.TOLERANCE * EPS)
+    return trace + rounding / (propositions.TOLERANCE * EPS)
 
 
 def _dense(low: LowRank) -> np.ndarray:
@@ -159,8 +160,8 @@ def stretch_claims(
     columns: Sequence[np.ndarray], *, rank: int, rho: float, phi: float, seed: int
 ) -> Iterator[Claim]:
     """All claims on one stretch of columns (d, n), float64."""
-    columns = bounds.compress([_narrow(X) for X in columns])
-    yield from bounds.claims(columns, r=rank, rho=rho)
+    columns = propositions.compress([_narrow(X) for X in columns])
+    yield from propositions.claims(columns, r=rank, rho=rho)
 
     def rough(method: object) -> Sketch:
         return Sketch(np.random.default_rng(seed), 2, 0, method)  # type: ignore[arg-type]
@@ -190,7 +191,7 @@ def stretch_claims(
         low = brand.estimate.lowrank
         idx = np.random.default_rng([seed, k]).choice(low.m, size=(min(rank, low.m) + 1) // 2, replace=False)
         after = correct(low, factor.M, idx)
-        yield from bounds.correction(factor.M, _dense(low), _dense(after), low.U[:, idx])
+        yield from propositions.correction(factor.M, _dense(low), _dense(after), low.U[:, idx])
 
 
 def brand_claim(brand: Brand, before: LowRank | None, X: np.ndarray, where: str) -> Claim:
@@ -241,7 +242,7 @@ class _Probes:
         G = W.T @ EW
         G = (G + G.T) / 2
         rounding = float(known.rounding)
-        scale = max(trace, rounding / (bounds.TOLERANCE * EPS))
+        scale = max(trace, rounding / (propositions.TOLERANCE * EPS))
         # W is no isometry: E <= rounding I shows as rounding W^T W.
         grown = float(np.linalg.norm(W, 2)) ** 2
         yield Psd("whole stream: W^T (M - M~) W p.s.d.", G, grown * scale)

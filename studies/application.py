@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from kfacerr.cli import Parser
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from kfacerr.files import write_text
 from kfacerr.lowrank import LowRank
 from kfacerr.plot import save

@@ -14,7 +14,7 @@ from scipy import stats
 
 from kfacerr.algorithms import SEVEN
 from kfacerr.metrics import METRICS
-from kfacerr.replay import by_window
+from kfacerr.study import by_window
 
 __all__ = ["CLAIMS", "judge"]
 

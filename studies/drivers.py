@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from kfacerr.algorithms import SEVEN
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from kfacerr.torch import KFAC
 from kfacerr.torch.seng import SENG, seng_learning_rate
 from studies.schedules import (

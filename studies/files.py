@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from kfacerr.files import write_atomically
 
 _CHECKPOINT = {"format": "kfacerr-checkpoint", "version": 1}

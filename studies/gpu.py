@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kfacerr.cli import Parser
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from kfacerr.files import write_atomically, write_text
 from studies.files import environment
 from studies.running import check_at_least, command
@@ -106,7 +106,7 @@ def stages(out: Path, data: Sequence[str], *, small: bool) -> list[Stage]:
     """
     preset = ("--preset", "digits" if small else "paper", *data)
     workers = () if small or importlib.util.find_spec("xdist") is None else ("-n", "8")
-    tests = ("tests/test_gpu.py", "tests/test_synchronization.py") if small else ()
+    tests = ("tests/kfacerr/torch/test_gpu.py", "tests/kfacerr/torch/test_synchronization.py") if small else ()
     # Newer libraries than ours may warn of what they are going to change.
     pytest = ("-m", "pytest", "-m", "gpu", "-q", "-W", "default", "-p", "no:cacheprovider", *workers, *tests)
 

@@ -27,13 +27,13 @@ import torch
 from figures.render import render
 from kfacerr.algorithms import SEVEN, Settings
 from kfacerr.cli import Parser
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from kfacerr.files import write_text
 from kfacerr.lowrank import LowRank
 from kfacerr.process import EAFactor, Estimate, Process
 from kfacerr.recorder import RecordingWriter
-from kfacerr.replay import ErrorStudy, Row
 from kfacerr.stream import Array, Step
+from kfacerr.study import ErrorStudy, Row
 from kfacerr.torch import KFAC, ColumnHooks
 from studies.claims import judge
 from studies.data import Dataset

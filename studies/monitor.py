@@ -24,8 +24,8 @@ import torch
 from figures.monitor import render_monitor
 from kfacerr.algorithms import SEVEN, Settings
 from kfacerr.cli import Parser
-from kfacerr.replay import ErrorStudy, Row
 from kfacerr.stream import Step, Window
+from kfacerr.study import ErrorStudy, Row
 from studies.data import Dataset
 from studies.inverse_errors import LAYER, SeedRun
 from studies.presets import PRESETS, Preset

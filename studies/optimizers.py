@@ -39,7 +39,7 @@ import torch
 
 from figures.optimizers import epochs_to, render
 from kfacerr.cli import Parser
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from kfacerr.files import write_text
 from kfacerr.inverse import CONTINUATIONS
 from studies.data import Dataset

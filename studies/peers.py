@@ -64,7 +64,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from kfacerr.cli import Parser
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from kfacerr.files import write_text
 from kfacerr.inverse import exact_inverse, precondition
 from kfacerr.torch import KFAC

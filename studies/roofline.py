@@ -30,9 +30,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kfacerr.backend import cholesky_inverse, eigh_descending, namespace, to_numpy
+from kfacerr.array import cholesky_inverse, eigh_descending, namespace, to_numpy
 from kfacerr.cli import Parser
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from kfacerr.files import write_text
 from kfacerr.inverse import damped_inverse, precondition_linear
 from kfacerr.process import EAFactor

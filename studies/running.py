@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from kfacerr.files import write_atomically, write_text
 from studies.data import Dataset, load_cifar10, load_digits_rgb
 from studies.files import environment, load_checkpoint, save_checkpoint

@@ -50,15 +50,15 @@ from torch import Tensor
 from kfacerr.algorithms import SEVEN, Settings
 from kfacerr.brand import symmetric_brand
 from kfacerr.cli import Parser
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from kfacerr.files import write_text
 from kfacerr.inverse import DenseInverse, damped_inverse, precondition, precondition_linear
 from kfacerr.lowrank import LowRank
 from kfacerr.plot import save
 from kfacerr.processes import Brand
-from kfacerr.replay import ErrorStudy
 from kfacerr.rsvd import evd, rsvd
 from kfacerr.stream import Step, Window
+from kfacerr.study import ErrorStudy
 from studies.files import environment
 from studies.running import check_at_least, write_csv
 from studies.timing import synchronize
@@ -487,7 +487,7 @@ def report(
         parts.append("## Growth with d\n\n" + slopes.to_markdown(index=False, floatfmt=".2f"))
     parts.append("## Accuracy of the Brand update in float32\n\n" + exact.to_markdown(index=False, floatfmt=".2g"))
     parts.append(
-        "Design §7 asks for 1e-4 in both columns; tests/test_brand.py holds it to that over 1000 updates."
+        "Design §7 asks for 1e-4 in both columns; tests/kfacerr/test_brand.py holds it to that over 1000 updates."
     )
     return "\n\n".join(parts) + "\n"
 

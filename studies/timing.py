@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from figures.render import render
 from kfacerr.cli import Parser
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from kfacerr.process import EAFactor
 from kfacerr.torch import KFAC
 from kfacerr.torch.layers import Factor, Layer

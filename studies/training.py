@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import record_function
 
-from kfacerr.errors import InputError
+from kfacerr.exceptions import InputError
 from studies.data import Dataset
 from studies.drivers import DRIVERS, Driver, find_driver
 from studies.networks import VGG16BN, vgg16_bn

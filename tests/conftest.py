@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from kfacerr.backend import to_numpy
+from kfacerr.array import to_numpy
 
 settings.register_profile("kfacerr", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("kfacerr")

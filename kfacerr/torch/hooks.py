@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..errors import InputError
+from ..exceptions import InputError
 from ..stream import Columns
 
 __all__ = ["ColumnHooks", "conv2d_columns", "followable_layers", "layer_columns", "linear_columns"]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..exceptions import InputError
 from ..inverse import DenseInverse, Inverse, damped_inverse
 from ..process import EAFactor, Estimate, Process
 from ..processes import Evd, Rsvd

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..exceptions import InputError
 from ..inverse import CONTINUATIONS, precondition, precondition_linear
 from ..stream import Columns
 from .distributed import Processes, update_together

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..algorithms import Settings, make_process
-from ..errors import InputError
+from ..exceptions import InputError
 from ..inverse import check_phi
 from ..process import Process, check_rho
 from ..processes import Brand

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import InputError
+from ..exceptions import InputError
 from .curvature import (
     Curvature,
     DenseGradients,

@@ -1,0 +1,159 @@
+"""The one place that tells NumPy, CuPy and torch apart.
+
+Everything else is written against the Python array API standard (array-api-compat). Here stand the few things
+outside the standard that the K-factor algorithms need; each has a plain fallback for any other namespace.
+"""
+
+from typing import Any
+
+import array_api_compat as compat
+import numpy as np
+import scipy.linalg
+
+from .exceptions import InputError
+from .stream import Array
+
+__all__ = [
+    "check_columns",
+    "cholesky_inverse",
+    "device_array",
+    "eigh_descending",
+    "eps",
+    "namespace",
+    "normal",
+    "product_into",
+    "rank_k_update",
+    "to_numpy",
+]
+
+
+def namespace(*arrays: Array) -> Any:
+    """The arrays' common array namespace; refuses mixed backends, devices and dtypes."""
+    try:
+        xp = compat.array_namespace(*arrays)
+    except TypeError as error:
+        kinds = ", ".join(type(a).__module__.split(".")[0] + "." + type(a).__name__ for a in arrays)
+        raise InputError(f"arrays of one backend are needed, got {kinds}") from error
+    if len(arrays) > 1:
+        dtypes = {str(a.dtype) for a in arrays}
+        if len(dtypes) > 1:
+            raise InputError(f"arrays of one dtype are needed, got {', '.join(sorted(dtypes))}")
+        devices = {str(compat.device(a)) for a in arrays}
+        if len(devices) > 1:
+            raise InputError(f"arrays on one device are needed, got {', '.join(sorted(devices))}")
+    return xp
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """A NumPy copy or view on the host."""
+    if isinstance(array, np.ndarray):
+        return array
+    if compat.is_torch_array(array):
+        return array.detach().cpu().numpy()
+    if compat.is_cupy_array(array):
+        return array.get()
+    return np.asarray(array)
+
+
+def device_array(values: Any, like: Array) -> Array:
+    """Host values as an array of `like`'s backend, device and dtype (integers keep an integer dtype)."""
+    xp = compat.array_namespace(like)
+    host = np.asarray(values)
+    if np.issubdtype(host.dtype, np.integer):
+        return xp.asarray(host, device=compat.device(like))
+    return xp.asarray(host, dtype=like.dtype, device=compat.device(like))
+
+
+def eps(array: Array) -> float:
+    """Unit round-off of the array's dtype."""
+    return float(compat.array_namespace(array).finfo(array.dtype).eps)
+
+
+def check_columns(X: Array, d: int | None = None, what: str = "columns") -> None:
+    """Refuses what is not a real floating (d, n) matrix. Costs no device synchronisation."""
+    if not compat.is_array_api_obj(X):
+        raise InputError(f"{what}: an array is needed, got {type(X).__name__}")
+    xp = compat.array_namespace(X)
+    if X.ndim != 2:
+        raise InputError(f"{what}: a matrix (d, n) is needed, got shape {tuple(X.shape)}")
+    if X.dtype not in (xp.float32, xp.float64):
+        raise InputError(f"{what}: float32 or float64 is needed, got {X.dtype}")
+    if d is not None and X.shape[0] != d:
+        raise InputError(f"{what}: {d} rows are needed, got shape {tuple(X.shape)}")
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...], like: Array) -> Array:
+    """Standard normal draws beside `like`.
+
+    Host arrays all get NumPy's draws, so one seed means one result on every CPU backend; on a GPU the device
+    draws, seeded from `rng`, since moving d x r numbers would cost more than the product they are drawn for.
+    """
+    if compat.is_torch_array(like) and like.device.type != "cpu":
+        import torch
+
+        generator = torch.Generator(device=like.device).manual_seed(int(rng.integers(2**62)))
+        return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)
+    if compat.is_cupy_array(like):
+        import cupy
+
+        with like.device:
+            draws = cupy.random.Generator(cupy.random.Philox4x3210(int(rng.integers(2**62))))
+            return draws.standard_normal(shape, dtype=like.dtype)
+    return device_array(rng.standard_normal(shape), like)
+
+
+def eigh_descending(K: Array, what: str = "matrix") -> tuple[Array, Array]:
+    """EVD of a symmetric matrix, eigenvalues descending: (w (m,), V (m, m)) in K's dtype.
+
+    Raises:
+        InputError: K has NaN or Inf entries (its columns had, or overflowed), or the EVD has.
+    """
+    xp = compat.array_namespace(K)
+    if not bool(xp.all(xp.isfinite(K))):
+        raise InputError(f"{what}: NaN or Inf (in the columns, or by overflow of {K.dtype})")
+    w, V = xp.linalg.eigh(K)
+    if not bool(xp.all(xp.isfinite(w)) & xp.all(xp.isfinite(V))):
+        raise InputError(f"{what}: the EVD in {K.dtype} gave NaN or Inf")
+    return xp.flip(w, axis=0), xp.flip(V, axis=1)
+
+
+def cholesky_inverse(M: Array) -> Array:
+    """Inverse (d, d) of a symmetric positive definite matrix through its Cholesky factor: d^3 flops."""
+    if isinstance(M, np.ndarray):
+        (potrf, potri) = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (M,))
+        factor, info = potrf(M, lower=False)
+        if info == 0:
+            inverse, info = potri(factor, lower=False, overwrite_c=True)
+        if info != 0:
+            raise InputError("matrix is not positive definite: the damping is too small or M has NaN")
+        upper = np.triu(inverse)
+        return upper + np.triu(upper, 1).T
+    if compat.is_torch_array(M):
+        import torch
+
+        factor, info = torch.linalg.cholesky_ex(M)
+        if int(info) != 0:
+            raise InputError("matrix is not positive definite: the damping is too small or M has NaN")
+        return torch.cholesky_inverse(factor)
+    xp = compat.array_namespace(M)
+    return xp.linalg.inv(M)
+
+
+def product_into(out: Array, start: int, P: Array, Q: Array) -> None:
+    """Writes P Q into the columns of `out` from `start` on, without a temporary where the backend can."""
+    stop = start + Q.shape[1]
+    if isinstance(out, np.ndarray):
+        np.matmul(P, Q, out=out[:, start:stop])
+    elif compat.is_torch_array(out):
+        out[:, start:stop].addmm_(P, Q, beta=0)
+    else:
+        out[:, start:stop] = P @ Q
+
+
+def rank_k_update(M: Array, X: Array, *, alpha: float, beta: float) -> Array:
+    """beta M + alpha X X^T, written into M where the backend can."""
+    if compat.is_torch_array(M):
+        return M.addmm_(X, X.T, beta=beta, alpha=alpha)
+    M *= beta
+    M += (alpha * X) @ X.T
+    return M

@@ -1,0 +1,504 @@
+"""A recording gives back the stream that was written, and whatever is wrong with a file is said in one line."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kfacerr.exceptions import InputError
+from kfacerr.recorder import RecordingWriter
+from kfacerr.recording import FORMAT, Recording
+from kfacerr.stream import Step, Window
+
+WINDOWS = [Window(4, 3, 1), Window(20, 2, 5)]
+SHAPES = {"d_A": 5, "d_G": 3, "n": 4}
+LAYER = SHAPES | {"bias": True, "batch_size": 4, "update_every": 2, "windows": WINDOWS}
+NAME = "classifier.0"
+
+
+def _steps(ks=(0, 2, 4, 5, 6), phi=None, dtype=np.float32) -> list[Step]:
+    rng = np.random.default_rng(0)
+    return [
+        Step(k, *(rng.standard_normal((d, 4)).astype(dtype) for d in (5, 3)), k % 2 == 0, phi and phi + k)
+        for k in ks
+    ]
+
+
+def _record(path, steps, **options):
+    with RecordingWriter(path) as writer:
+        writer.add_layer(NAME, **(LAYER | options))
+        for step in steps:
+            writer.append(NAME, step)
+    return path
+
+
+def _read(path, name=NAME) -> list[Step]:
+    with Recording(path) as recording:
+        return list(recording.layer(name).steps())
+
+
+def _assert_same(got, expected) -> None:
+    assert len(got) == len(expected)
+    for one, two in zip(got, expected, strict=True):
+        assert (one.k, one.update, one.phi) == (two.k, two.update, two.phi)
+        np.testing.assert_array_equal(one.A, two.A)
+        np.testing.assert_array_equal(one.G, two.G)
+        assert one.A.dtype == one.G.dtype == np.float32
+
+
+def _foreign(path, **changes):
+    """A recording by another program: contiguous datasets, int32 k, bool update, fixed-length format string."""
+    steps = _steps()
+    content = {
+        "k": np.array([s.k for s in steps], np.int32),
+        "update": np.array([s.update for s in steps]),
+        "A": np.stack([s.A for s in steps]),
+        "G": np.stack([s.G for s in steps]),
+        "windows": np.array(WINDOWS, np.int32),
+        "remark": np.arange(3),
+    }
+    attributes = {"bias": 1, "batch_size": np.array([4]), "update_every": np.int16(2), "lr": 0.1}
+    root = {"format": np.bytes_(FORMAT), "version": np.int32(1), "author": "someone else"}
+    for part in (content, attributes, root):
+        part.update(
+            {key: value for key, value in changes.items() if key in part or (part is content and key == "phi")}
+        )
+    with h5py.File(path, "w") as file:
+        for key, value in root.items():
+            if value is not None:
+                file.attrs[key] = value
+        group = file.create_group(f"layers/{NAME}")
+        for key, value in content.items():
+            if value is not None:
+                group[key] = value
+        for key, value in attributes.items():
+            if value is not None:
+                group.attrs[key] = value
+    return path
+
+
+def _fault(path) -> str:
+    """The message with which a file is refused, on opening or on reading."""
+    with pytest.raises(InputError) as caught:
+        _read(path)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message
+
+
+# --------------------------------------------------------------------------------------- round trip
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    ks=st.lists(st.integers(0, 2**40), unique=True, max_size=6),
+    with_phi=st.booleans(),
+    storage=st.sampled_from([np.float32, np.float16]),
+)
+def test_a_recording_gives_back_what_was_written(tmp_path_factory, ks, with_phi, storage):
+    steps = _steps(sorted(ks), phi=0.5 if with_phi else None, dtype=storage)
+    path = _record(tmp_path_factory.mktemp("r") / "r.h5", steps, dtype=storage)
+    _assert_same(_read(path), [s._replace(A=s.A.astype(np.float32), G=s.G.astype(np.float32)) for s in steps])
+    with Recording(path) as recording:
+        layer = recording.layer(NAME)
+        assert recording.layers == [NAME]
+        assert (layer.d_A, layer.d_G, layer.n, layer.dtype) == (5, 3, 4, storage)
+        assert (layer.bias, layer.batch_size, layer.update_every) == (True, 4, 2)
+        assert layer.windows == WINDOWS
+        assert len(layer) == len(steps)
+        assert layer.k.tolist() == sorted(ks)
+        assert layer.update.tolist() == [k % 2 == 0 for k in sorted(ks)]
+        assert layer.has_phi == (with_phi and bool(ks))
+
+
+def test_layers_interleave(tmp_path):
+    one, two = _steps((0, 1)), _steps((0, 1, 2))
+    with RecordingWriter(tmp_path / "new" / "r.h5") as writer:
+        writer.add_layer("a", **LAYER)
+        writer.append("a", one[0])
+        writer.add_layer("b.c", **LAYER)
+        writer.append("b.c", two[0])
+        writer.append("a", one[1])
+        writer.append("b.c", two[1])
+        writer.append("b.c", two[2])
+    _assert_same(_read(writer.path, "a"), one)
+    _assert_same(_read(writer.path, "b.c"), two)
+
+
+def test_torch_columns_are_accepted(tmp_path):
+    torch = pytest.importorskip("torch")
+    steps = _steps()
+    live = [s._replace(A=torch.from_numpy(s.A).requires_grad_(), G=torch.from_numpy(s.G)) for s in steps]
+    _assert_same(_read(_record(tmp_path / "r.h5", live)), steps)
+    with pytest.raises(InputError, match="A cannot become a NumPy array"):
+        _record(tmp_path / "b.h5", [s._replace(A=s.A.bfloat16()) for s in live])
+
+
+def test_layout_is_the_contract(tmp_path):
+    with h5py.File(_record(tmp_path / "r.h5", _steps(phi=0.5))) as file:
+        assert file.attrs["format"] == "kfacerr-recording"
+        assert file.attrs["version"] == 1
+        group = file[f"layers/{NAME}"]
+        assert {"bias", "batch_size", "update_every"} <= set(group.attrs)
+        found = {name: (d.dtype, d.shape) for name, d in group.items()}
+        assert found == {
+            "k": (np.int64, (5,)),
+            "update": (np.uint8, (5,)),
+            "A": (np.float32, (5, 5, 4)),
+            "G": (np.float32, (5, 3, 4)),
+            "windows": (np.int64, (2, 3)),
+            "phi": (np.float64, (5,)),
+        }
+        assert group["A"].chunks == (1, 5, 4)
+        assert group["G"].chunks == (1, 3, 4)
+
+
+def test_info_is_plain_and_counts_what_the_windows_lack(tmp_path):
+    path = _record(tmp_path / "r.h5", _steps())
+    with Recording(path) as recording:
+        info = recording.info()
+    assert json.loads(json.dumps(info)) == info
+    layer = info["layers"][NAME]
+    assert (layer["steps"], layer["updates"], layer["first_k"], layer["last_k"]) == (5, 4, 0, 6)
+    assert [w["recorded"] for w in layer["windows"]] == [3, 0]
+
+
+def test_foreign_recording_is_read(tmp_path):
+    _assert_same(_read(_foreign(tmp_path / "f.h5")), _steps())
+
+
+def test_whatever_else_is_among_the_layers_is_left_out(tmp_path):
+    path = _foreign(tmp_path / "f.h5")
+    with h5py.File(path, "r+") as file:
+        layers = file["layers"]
+        layers["notes"] = np.arange(3)
+        layers.create_group("optimizer").attrs["lr"] = 0.1
+        layers["gone"] = h5py.SoftLink("/nowhere")
+        file.copy(layers[NAME], "layers/nested/fc")
+    _assert_same(_read(path), _steps())
+    with Recording(path) as recording:
+        assert recording.layers == [NAME] and recording.info()["faults"] == []
+        with pytest.raises(InputError, match=r"no layer 'nested/fc'; there are classifier\.0 \(layer names must"):
+            recording.layer("nested/fc")
+
+
+def test_a_bad_layer_spoils_no_other(tmp_path):
+    path = _foreign(tmp_path / "f.h5")
+    with h5py.File(path, "r+") as file:
+        file.copy(file["layers"][NAME], "layers/bad")
+        del file["layers/bad/G"]
+    _assert_same(_read(path), _steps())
+    with Recording(path) as recording:
+        info = recording.info()
+    assert list(info["layers"]) == [NAME] and info["faults"] == [f"{path}: layer 'bad' lacks G"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"phi": np.ones(5, int)}, {"version": 1.0, "batch_size": 4.0}, {"windows": np.empty(0)}],
+    ids=["integer phi", "whole numbers as floats", "no windows at all"],
+)
+def test_what_other_programs_write_for_the_same_is_read(tmp_path, changes):
+    path = _foreign(tmp_path / "f.h5", **changes)
+    steps = [s._replace(phi=1.0) for s in _steps()] if "phi" in changes else _steps()
+    _assert_same(_read(path), steps)
+    with Recording(path) as recording:
+        assert recording.layer(NAME).windows == ([] if "windows" in changes else WINDOWS)
+
+
+def test_foreign_float64_columns_keep_their_digits(tmp_path):
+    A = np.random.default_rng(1).standard_normal((5, 5, 4))
+    step = _read(_foreign(tmp_path / "f.h5", A=A))[3]
+    assert step.A.dtype == np.float64
+    np.testing.assert_array_equal(step.A, A[3])
+
+
+# ------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": None}, "not a kfacerr-recording (attribute format is None)"),
+        ({"format": "other"}, "not a kfacerr-recording (attribute format is 'other')"),
+        ({"version": None}, "lacks the attribute version"),
+        ({"version": 2}, "version 2 of the format is not supported"),
+        ({"version": "1"}, "attribute version must be an integer"),
+        ({"version": 1.5}, "attribute version must be an integer"),
+        ({"windows": None, "G": None}, "layer 'classifier.0' lacks G, windows"),
+        ({"batch_size": None}, "lacks the attribute batch_size"),
+        ({"update_every": 0}, "update_every must be an integer >= 1"),
+        ({"A": np.ones((5, 5), np.float32)}, "A must be float32 or float16 (N, d, n)"),
+        ({"A": np.ones((5, 5, 4), np.int32)}, "is int32 (5, 5, 4)"),
+        ({"A": np.ones((5, 5, 3), np.float32)}, "A has 3 columns a step, G has 4"),
+        ({"A": np.ones((4, 5, 4), np.float32)}, "differ in their number of steps: k 5, update 5, A 4"),
+        ({"k": np.array([0.0, 1, 2, 3, 4])}, "k must be integer (N,), is float64"),
+        ({"k": np.array([0, 2, 2, 3, 4])}, "k must increase strictly from 0, but is 2 after 2 (step 2)"),
+        ({"k": np.array([-1, 2, 3, 4, 5])}, "but is -1 at the start"),
+        ({"update": np.array([0, 1, 2, 1, 0], np.uint8)}, "iteration 4: update must be 0 or 1, is 2"),
+        ({"phi": np.array([0.1, 0.1, 0, 0.1, 0.1])}, "iteration 4: phi must be positive, is 0.0"),
+        ({"windows": np.ones((2, 3))}, "windows must be integer (W, 3)"),
+        ({"windows": np.array([[0, 4, 0], [3, 2, 0]])}, "the windows at iterations 0 and 3 overlap"),
+        ({"windows": np.array([[0, 0, 0]])}, "window (first k 0, length 0) is empty"),
+    ],
+)
+def test_fault_in_the_layout_is_named(tmp_path, changes, message):
+    assert message in _fault(_foreign(tmp_path / "f.h5", **changes))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_non_finite_columns_are_named_on_reading(tmp_path, value):
+    G = np.ones((5, 3, 4), np.float32)
+    G[3, 1, 2] = value
+    assert f"layer '{NAME}', iteration 5: G holds NaN or Inf" in _fault(_foreign(tmp_path / "f.h5", G=G))
+
+
+def test_missing_file_and_foreign_file_are_named(tmp_path):
+    assert "no such file" in _fault(tmp_path / "none.h5")
+    (tmp_path / "text.h5").write_text("hello")
+    assert "not an HDF5 file" in _fault(tmp_path / "text.h5")
+    (tmp_path / "empty.h5").touch()
+    assert "not an HDF5 file" in _fault(tmp_path / "empty.h5")
+    with h5py.File(tmp_path / "bare.h5", "w") as file:
+        file.attrs.update(format=FORMAT, version=1)
+    assert "has no group /layers" in _fault(tmp_path / "bare.h5")
+
+
+def test_truncated_file_is_refused_wherever_it_is_cut(tmp_path):
+    whole = _record(tmp_path / "r.h5", _steps()).read_bytes()
+    for cut in [*range(16, len(whole), max(1, len(whole) // 60)), len(whole) - 1]:
+        path = tmp_path / "cut.h5"
+        path.write_bytes(whole[:cut])
+        assert "truncated or damaged" in _fault(path)
+
+
+def test_damaged_chunk_names_layer_and_iteration_after_the_intact_steps(tmp_path):
+    steps = _steps()
+    path = _record(tmp_path / "r.h5", steps)
+    content = bytearray(path.read_bytes())
+    content[content.index(steps[3].G.tobytes())] ^= 1
+    path.write_bytes(content)
+    assert f"layer '{NAME}', iteration 5: G cannot be read, the file is damaged" in _fault(path)
+    with Recording(path) as recording:
+        stream = recording.layer(NAME).steps()
+        _assert_same([next(stream) for _ in range(3)], steps[:3])
+
+
+def test_no_flipped_bit_in_the_columns_goes_unnoticed(tmp_path):
+    steps = _steps()
+    whole = _record(tmp_path / "r.h5", steps).read_bytes()
+    path = tmp_path / "flipped.h5"
+    rng = np.random.default_rng(0)
+    for step in steps:
+        for name in "AG":
+            columns = getattr(step, name)
+            start = whole.index(columns.tobytes())
+            for offset in rng.choice(columns.nbytes, size=4, replace=False):
+                content = bytearray(whole)
+                content[start + offset] ^= 1 << rng.integers(8)
+                path.write_bytes(content)
+                assert f"iteration {step.k}: {name} cannot be read" in _fault(path)
+
+
+def test_missing_layer_lists_those_there(tmp_path):
+    with (
+        Recording(_record(tmp_path / "r.h5", _steps())) as recording,
+        pytest.raises(InputError, match=r"no layer 'fc9'; there are classifier\.0"),
+    ):
+        recording.layer("fc9")
+
+
+# ------------------------------------------------------------------------------------ writer's checks
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"A": np.full((5, 4), np.nan, np.float32)}, "iteration 7: A holds NaN or Inf"),
+        ({"G": np.full((3, 4), -np.inf, np.float32)}, "iteration 7: G holds NaN or Inf"),
+        ({"A": np.ones((4, 5), np.float32)}, r"iteration 7: A has shape \(4, 5\), but \(5, 4\) is recorded"),
+        ({"A": np.ones((5, 4), np.int64)}, "iteration 7: A has dtype int64"),
+        ({"A": np.full((5, 4), 1e5, np.float32)}, r"iteration 7: A reaches 1e\+05, beyond what float16 holds"),
+        ({"k": 6}, "iteration 6: iterations must increase from 0, the last was 6"),
+        ({"phi": 0.0}, "iteration 7: phi must be positive and finite, got 0"),
+        ({"phi": 0.1}, "iteration 7: phi must be given at every step of a layer or at none"),
+    ],
+)
+def test_bad_step_is_refused_and_loses_nothing(tmp_path, change, message):
+    path = tmp_path / "r.h5"
+    steps = _steps(dtype=np.float16)
+    with RecordingWriter(path) as writer:
+        writer.add_layer(NAME, **LAYER, dtype=np.float16)
+        for step in steps:
+            writer.append(NAME, step)
+        with pytest.raises(InputError, match=message) as caught:
+            writer.append(NAME, _steps((7,))[0]._replace(**change))
+        assert str(caught.value).startswith(f"layer {NAME!r}")
+        writer.append(NAME, _steps((8,))[0])
+    assert [s.k for s in _read(path)] == [0, 2, 4, 5, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("a/b", {}, "without '/'"),
+        ("", {}, "needs a name"),
+        ("fc", {"n": 0}, "n must be positive"),
+        ("fc", {"dtype": np.float64}, "float32 or float16 is needed"),
+        ("fc", {"windows": [Window(0, 5), Window(4, 1)]}, "overlap"),
+    ],
+)
+def test_bad_layer_description_is_refused(tmp_path, name, change, message):
+    with RecordingWriter(tmp_path / "r.h5") as writer, pytest.raises(InputError, match=message):
+        writer.add_layer(name, **(LAYER | change))
+
+
+def test_unknown_layer_is_refused_by_the_writer(tmp_path):
+    with RecordingWriter(tmp_path / "r.h5") as writer, pytest.raises(InputError, match="'fc' has not been added"):
+        writer.append("fc", _steps()[0])
+
+
+# ------------------------------------------------------------------------------ interruption and resume
+
+
+def test_existing_recordings_are_not_overwritten_unasked(tmp_path):
+    path = _record(tmp_path / "r.h5", _steps())
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="exists already"):
+        RecordingWriter(path)
+    writer = RecordingWriter(path, overwrite=True)
+    assert path.read_bytes() == before  # until the new one is whole
+    writer.suspend()
+    path.unlink()
+    with pytest.raises(InputError, match=r"r\.h5\.partial: an interrupted recording"):
+        RecordingWriter(path)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_interruption_keeps_the_partial_and_says_where(tmp_path, caplog, error):
+    path = tmp_path / "r.h5"
+    writer = RecordingWriter(path)
+
+    def run():
+        with writer:
+            writer.add_layer(NAME, **LAYER)
+            for step in _steps():
+                writer.append(NAME, step)
+            raise error
+
+    with caplog.at_level(logging.WARNING), pytest.raises(error) as caught:
+        run()
+    assert not path.exists()
+    _assert_same(_read(writer.partial), _steps())
+    for text in (caplog.text, *caught.value.__notes__):
+        assert f"(5 steps) is kept in {writer.partial}" in text
+
+
+def test_killed_process_leaves_every_appended_step(tmp_path):
+    path = tmp_path / "r.h5"
+    program = f"""
+import os
+import numpy as np
+from kfacerr.recorder import RecordingWriter
+from kfacerr.stream import Step
+writer = RecordingWriter({str(path)!r})
+for layer in "ab":
+    writer.add_layer(layer, d_A=5, d_G=3, n=4, bias=True, batch_size=4, update_every=1)
+for k in range(9):
+    for layer in "ab":
+        writer.append(layer, Step(k, np.full((5, 4), k, np.float32), np.ones((3, 4), np.float32)))
+os._exit(9)  # no destructors, no atexit: as good as kill -9
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
+    partial = tmp_path / "r.h5.partial"
+    for layer in "ab":
+        steps = _read(partial, layer)
+        assert [s.k for s in steps] == list(range(9))
+        assert all((s.A == s.k).all() for s in steps)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("phi", [None, 0.5])
+def test_resumed_recording_equals_an_uninterrupted_one(tmp_path, finished, phi):
+    steps = _steps(range(10), phi=phi)
+    path = tmp_path / "r.h5"
+    writer = RecordingWriter(path)
+    writer.add_layer(NAME, **LAYER)
+    for step in steps[:7]:
+        writer.append(NAME, step)
+    if finished:
+        writer.close()
+    else:
+        writer.suspend()
+    with RecordingWriter(path, resume=True) as writer:
+        assert writer.layers == [NAME]
+        assert writer.truncate(NAME, 4) == writer.steps(NAME) == 4
+        writer.add_layer(NAME, **LAYER)
+        for step in steps[4:]:
+            writer.append(NAME, step)
+    _assert_same(_read(path), steps)
+    assert not writer.partial.exists()
+
+
+def test_truncating_everything_lets_a_layer_start_anew(tmp_path):
+    path = _record(tmp_path / "r.h5", _steps(phi=0.5))
+    with RecordingWriter(path, resume=True) as writer:
+        assert writer.truncate(NAME, 0) == 0
+        for step in _steps():
+            writer.append(NAME, step)
+    _assert_same(_read(path), _steps())
+
+
+def test_resume_drops_a_step_that_was_being_written(tmp_path):
+    path = _record(tmp_path / "r.h5", _steps())
+    with h5py.File(path, "r+") as file:
+        file[f"layers/{NAME}/A"].resize(6, axis=0)
+    assert "differ in their number of steps" in _fault(path)
+    path.rename(tmp_path / "r.h5.partial")
+    with RecordingWriter(path, resume=True) as writer:
+        writer.append(NAME, _steps((9,))[0])
+    assert [s.k for s in _read(path)] == [0, 2, 4, 5, 6, 9]
+
+
+def test_resume_refuses_other_settings_and_foreign_files(tmp_path):
+    path = _record(tmp_path / "r.h5", _steps())
+    with RecordingWriter(path, resume=True) as writer:
+        for change, message in (
+            ({"batch_size": 8}, "recorded with batch_size = 4, not 8"),
+            ({"dtype": np.float16}, "recorded with dtype = float32, not float16"),
+            ({"windows": WINDOWS[:1]}, "recorded with other windows"),
+        ):
+            with pytest.raises(InputError, match=message):
+                writer.add_layer(NAME, **(LAYER | change))
+    with pytest.raises(InputError, match="nothing to resume"):
+        RecordingWriter(tmp_path / "none.h5", resume=True)
+    (tmp_path / "text.h5").write_text("hello")
+    with pytest.raises(InputError, match="not an HDF5 file"):
+        RecordingWriter(tmp_path / "text.h5", resume=True)
+    with pytest.raises(InputError, match="datasets of fixed length"):
+        RecordingWriter(_foreign(tmp_path / "f.h5"), resume=True)
+
+
+def test_failed_write_is_reported_and_undone(tmp_path, monkeypatch):
+    steps = _steps()
+    with RecordingWriter(tmp_path / "r.h5") as writer:
+        writer.add_layer(NAME, **LAYER)
+        writer.append(NAME, steps[0])
+        with monkeypatch.context() as patch:
+
+            def full(_):
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(h5py.File, "flush", full)
+            with pytest.raises(InputError, match=r"iteration 2 cannot be written: .*No space left"):
+                writer.append(NAME, steps[1])
+        for step in steps[1:]:
+            writer.append(NAME, step)
+    _assert_same(_read(writer.path), steps)
