@@ -1,6 +1,6 @@
 """What needs torch: the live source of K-factor columns, and the optimizers that its processes drive."""
 
-from .hooks import ColumnHooks
+from .follower import ColumnHooks
 from .linear import FactoredLinear, factored
 from .optimizer import KFAC
 from .policy import FactorInfo
