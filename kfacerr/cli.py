@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import math
 import os
 import signal
 import sys
@@ -23,7 +22,7 @@ from .inverse import CONTINUATIONS, ESCAPED
 from .metrics import METRICS
 from .plot import check_format, error_figure, save
 from .recording import LayerRecording, Recording
-from .stream import Array, Step
+from .stream import Array
 from .study import DAMPINGS, ErrorStudy, Row, table
 from .verify import Report, verify_layer
 
@@ -240,6 +239,7 @@ def _replay(arguments: argparse.Namespace) -> None:
         rho=arguments.rho,
         oversampling=_at_least("oversampling", arguments.oversampling, 0),
         n_pwr_it=_at_least("n-pwr-it", arguments.n_pwr_it, 0),
+        continuation=arguments.continuation,
         seed=_at_least("seed", arguments.seed, 0),
     )
     with Recording(arguments.recording) as recording:
@@ -251,7 +251,6 @@ def _replay(arguments: argparse.Namespace) -> None:
             settings,
             layer.windows,
             phi=0.1 if arguments.phi is None else arguments.phi,
-            continuations=(arguments.continuation,),
             damping=arguments.damping,
         )
         frame = table(_measure(study, layer, convert, arguments), layer.windows)
@@ -298,9 +297,10 @@ def _measure(
     rows: list[Row] = []
     where = f"{arguments.recording}: layer {layer.name!r}"
     try:
-        for step in tqdm(_steps(layer, convert, arguments.phi), total=len(layer), unit="step", disable=None):
+        for step in tqdm(layer.steps(), total=len(layer), unit="step", disable=None):
+            phi = step.phi if arguments.phi is None else None
             try:
-                rows += study.push(step)
+                rows += study.push(step._replace(A=convert(step.A), G=convert(step.G), phi=phi))
             except InputError as error:
                 raise InputError(f"{where}, {error}") from None
     except BaseException as error:
@@ -312,22 +312,6 @@ def _measure(
     if not rows:
         raise InputError(f"{where}: no recorded iteration lies in a window")
     return rows
-
-
-def _steps(layer: LayerRecording, convert: Callable[[np.ndarray], Array], phi: float | None) -> Iterator[Step]:
-    """The stream, its columns brought near 1 by one power of 2 for each factor.
-
-    That is exact and no metric depends on it, while products of columns, inverses and their squares stay far from
-    the limits of float32.
-    """
-    units: dict[str, int] = {}  # powers of 2, each of the first columns that are not zero
-    for step in layer.steps():
-        columns = {"A": step.A, "G": step.G}
-        for name, X in columns.items():
-            if name not in units and X.any():
-                units[name] = -math.frexp(float(np.max(np.abs(X))))[1]
-        A, G = (convert(np.ldexp(X, units.get(name, 0))) for name, X in columns.items())
-        yield step._replace(A=A, G=G, phi=step.phi if phi is None else None)
 
 
 def averages(frame: pd.DataFrame) -> pd.DataFrame:
