@@ -26,8 +26,10 @@ __all__ = [
     "conv1d_columns",
     "conv2d_columns",
     "is_linear",
+    "is_transposed",
     "layer_columns",
     "linear_columns",
+    "weight_from_matrix",
     "weight_matrix",
 ]
 
@@ -101,10 +103,10 @@ def layer_columns(layer: nn.Module, x: Tensor, grad: Tensor) -> Columns:
 
 def is_linear(layer: nn.Module) -> bool:
     """Whether a layer is fully connected: `nn.Linear`, or the Conv1D of transformers."""
-    return isinstance(layer, nn.Linear) or _is_transposed(layer)
+    return isinstance(layer, nn.Linear) or is_transposed(layer)
 
 
-def _is_transposed(layer: nn.Module) -> bool:
+def is_transposed(layer: nn.Module) -> bool:
     """Whether a layer is transformers' Conv1D (of GPT-2): a Linear whose weight is (d_in, d_out)."""
     if type(layer).__name__ != "Conv1D":
         return False
@@ -114,7 +116,12 @@ def _is_transposed(layer: nn.Module) -> bool:
 
 def weight_matrix(layer: nn.Module, weight: Tensor) -> Tensor:
     """A weight, its gradient or its step as the matrix (d_G, d_in) of (20); a view where there is one."""
-    return weight.T if _is_transposed(layer) else weight.flatten(1)
+    return weight.T if is_transposed(layer) else weight.reshape(weight.shape[0], -1)
+
+
+def weight_from_matrix(layer: nn.Module, matrix: Tensor) -> Tensor:
+    """The inverse of `weight_matrix`."""
+    return matrix.T if is_transposed(layer) else matrix.reshape(cast(Tensor, layer.weight).shape)
 
 
 def batch_size(layer: nn.Module, x: Tensor) -> int:

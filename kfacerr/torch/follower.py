@@ -1,7 +1,7 @@
 """What passes through layers, caught: inputs in the forward, gradients of outputs in the backward.
 
-`Follower` is the one mechanism. `ColumnHooks` hands its catch out as K-factor columns (`kfacerr.torch.columns`), and
-the optimizers (`kfacerr.torch.layer_optimizer`) are built on it too.
+`Follower` is the one mechanism. `ColumnHooks` hands its catch out as K-factor columns (`kfacerr.torch.columns`),
+and the optimizers (`kfacerr.torch.layer_optimizer`) are built on it too.
 """
 
 from collections import Counter
@@ -122,7 +122,7 @@ class Follower:
         modules: the layers; batch norms may be among them.
         several: whether the captures of several backwards may wait side by side, as micro-batches. Those whose
             gradient has been cleared meanwhile are dropped then. If not, a second backward is refused.
-        way_out: what errors advise for a layer, by its name.
+        way_out: what errors advise, with "{name!r}" where the layer's name should stand.
 
     Attributes:
         enabled: whether gradients count.
@@ -130,20 +130,24 @@ class Follower:
         reached: names of the layers that a caught forward went through since the last `take`.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], *, several: bool, way_out: Callable[[str], str]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], *, several: bool, way_out: str) -> None:
         self.enabled = True
-        self.active = set(modules)
+        self.active: set[str] = set()
         self.reached: set[str] = set()
         self._several = several
         self._way_out = way_out
         self._backward = Backward()
         self._captures: dict[str, list[Capture]] = {}
+        self._handles: list[Any] = []
+        for name, module in modules.items():
+            self.follow(name, module)
+
+    def follow(self, name: str, module: nn.Module) -> None:
+        """Follows one more layer, active from the start."""
         # A forward hook that puts a tensor hook on the output: full backward hooks wrap the output in a view,
         # which breaks with an in-place activation behind the layer.
-        self._handles = [
-            module.register_forward_hook(_Hook(self._on_forward, name), with_kwargs=True)
-            for name, module in modules.items()
-        ]
+        self._handles.append(module.register_forward_hook(_Hook(self._on_forward, name), with_kwargs=True))
+        self.active.add(name)
 
     def take(self) -> dict[str, list[Capture]]:
         """The captures that backwards have reached since the last time, by layer and in their order; forgets them.
@@ -207,7 +211,7 @@ class Follower:
             capture.grad = capture.grad + grad.detach()
 
     def _refuse(self, name: str, what: str) -> NoReturn:
-        raise InputError(f"layer {name!r} {what}; {self._way_out(name)}")
+        raise InputError(f"layer {name!r} {what}; {self._way_out.format(name=name)}")
 
 
 def _is_cleared(module: nn.Module) -> bool:
@@ -252,7 +256,7 @@ class ColumnHooks:
         self._follower = Follower(
             self._modules,
             several=False,
-            way_out=lambda name: "call pop() after each backward, set enabled = False, or follow other layers",
+            way_out="call pop() after each backward, set enabled = False, or follow other layers",
         )
 
     @property
