@@ -5,9 +5,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
+
 from .exceptions import InputError
 
-__all__ = ["write_atomically", "write_text"]
+__all__ = ["lock", "write_atomically", "write_text"]
 
 
 def write_atomically(path: Path, writer: Callable[[Path], object]) -> None:
@@ -31,6 +33,23 @@ def write_atomically(path: Path, writer: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):  # if `path.parent` is no folder, that is being reported already
             temporary.unlink(missing_ok=True)
+
+
+def lock(path: Path) -> filelock.BaseFileLock:
+    """A lock beside `path`, held by this process until `release()`; a dead process holds none.
+
+    Raises:
+        InputError: another process holds it, or it cannot be made; names `path`.
+    """
+    held = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except filelock.Timeout:
+        raise InputError(f"{path}: in use by another process") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be locked: {error.strerror or error}") from error
+    return held
 
 
 def write_text(path: Path, text: str) -> None:
