@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .algorithms import Algorithm
 from .exceptions import InputError
@@ -221,6 +222,10 @@ def frontier_figure(table: pd.DataFrame, budget: float, choice: str, *, title: s
         ax.axvline(budget, color="#D55E00", linewidth=0.8, linestyle="--", label="budget")
         ax.set(xscale="log", yscale="log", xlabel="cost, ms per iteration", ylabel="mean error")
         ax.set_title(METRIC_LABELS[metric], fontsize=9)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.tick_params(labelsize=8)
         ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
     names = [f"{i + 1}  {row.algorithm}" for i, row in enumerate(front.itertuples())]
     handles, labels = figure.axes[0].get_legend_handles_labels()

@@ -36,7 +36,7 @@ def recorded(tmp_path_factory):
 @pytest.fixture(scope="module")
 def advice(recorded):
     with Recording(recorded) as recording:
-        return advise_recording(recording.layer("fc"), rank=4, budget=Budget.parse("1000x"))
+        return advise_recording(recording.layer("fc"), rank=4, budget=Budget.parse("1e9x"))
 
 
 def test_the_table_has_the_columns_of_the_contract(advice):
