@@ -15,6 +15,8 @@ from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd, Sketch
 from .stream import Columns, Step, Window
 from .study import ErrorStudy, Row, table
 
+__version__ = "0.1.0"
+
 __all__ = [
     "METRICS",
     "SEVEN",
@@ -37,6 +39,7 @@ __all__ = [
     "Sketch",
     "Step",
     "Window",
+    "__version__",
     "make_process",
     "table",
 ]
