@@ -1,45 +1,77 @@
 """kfacerr: how wrong is a cheap K-FAC inverse, and what does that error cost?
 
 The names below are the way in; each module's docstring says which equation or algorithm of Puiu's "Brand New
-K-FACs" it holds. PyTorch is only imported by `kfacerr.torch`.
+K-FACs" it holds. PyTorch is only imported by `kfacerr.torch`; what reads files or verifies is loaded when it is
+asked for.
 """
 
-from .algorithms import SEVEN, Settings, make_process
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .algorithms import SEVEN, Algorithm
+from .brand import symmetric_brand
 from .certificate import Certificate
+from .correction import correct
+from .ea import EAFactor
 from .exceptions import InputError
-from .frequent_directions import FrequentDirections
+from .factor import KFactor
+from .inverse import DampedInverse, damped_inverse, exact_inverse, precondition, precondition_linear
 from .lowrank import LowRank
-from .metrics import METRICS
-from .process import EAFactor, Estimate, Process
-from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd, Sketch
+from .metrics import METRICS, angle_error, inverse_error, norm_error
+from .process import Cost, Estimate, Process, Settings
+from .rsvd import nystrom, rsvd, srevd
 from .stream import Columns, Step, Window
 from .study import ErrorStudy, Row, table
+
+if TYPE_CHECKING:
+    from .recorder import RecordingWriter
+    from .recording import Recording
+    from .verify import verify_layer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METRICS",
     "SEVEN",
-    "Brand",
-    "BrandCorrected",
-    "BrandRsvd",
+    "Algorithm",
     "Certificate",
     "Columns",
+    "Cost",
+    "DampedInverse",
     "EAFactor",
     "ErrorStudy",
     "Estimate",
-    "Evd",
-    "FrequentDirections",
     "InputError",
+    "KFactor",
     "LowRank",
     "Process",
+    "Recording",
+    "RecordingWriter",
     "Row",
-    "Rsvd",
     "Settings",
-    "Sketch",
     "Step",
     "Window",
     "__version__",
-    "make_process",
+    "angle_error",
+    "correct",
+    "damped_inverse",
+    "exact_inverse",
+    "inverse_error",
+    "norm_error",
+    "nystrom",
+    "precondition",
+    "precondition_linear",
+    "rsvd",
+    "srevd",
+    "symmetric_brand",
     "table",
+    "verify_layer",
 ]
+
+_LATER = {"Recording": "recording", "RecordingWriter": "recorder", "verify_layer": "verify"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,22 +1,21 @@
-"""The seven algorithms of §4.2 by name, each as a process for one K-factor.
+"""Algorithms as values: the names of §4.2, parsed once.
 
-A name is a base, K-FAC, R-KFAC, SRE-KFAC, B-KFAC, B-R-KFAC, B-KFAC-C or FD, followed by settings that differ from
-the defaults: "R-KFAC T_inv=50 rank=476", "B-R-KFAC sketch=nystrom", "B-R-KFAC adaptive=2". Where `adaptive` is
-given, a period that is not given is endless.
+A name is a base followed by settings of its own: "R-KFAC T_inv=50 rank=476 continuation=trace". Tables, policies,
+drivers and command lines all use these names, and nobody else takes them apart.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .exceptions import InputError
 from .frequent_directions import FrequentDirections
-from .process import Process
-from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd, Sketch
-from .rsvd import nystrom, rsvd, srevd
+from .process import Process, Settings
+from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
 
-__all__ = ["SEVEN", "Settings", "make_process"]
+__all__ = ["FALLBACK", "SEVEN", "Algorithm"]
 
 SEVEN = (
     "K-FAC T_inv=50",
@@ -30,126 +29,126 @@ SEVEN = (
 """The algorithms of §4.2; B-R-KFAC overwrites and B-KFAC-C corrects every 50 iterations."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What all processes of one factor share, by the paper's names (§6).
+class _Base(NamedTuple):
+    """What a base stands for.
 
     Attributes:
-        rank: target and truncation rank r.
-        rho: EA decay.
-        oversampling: r_o of the RSVD.
-        n_pwr_it: power iterations of the RSVD.
-        seed: of the random draws; every algorithm has a stream of its own, so adding one changes no other.
+        process: follows one factor.
+        own: the settings that may stand in the name, in the order they are written in.
+        implied: settings that the base itself fixes.
+        needs_room: it saves something only where r + n < d (§3.5).
     """
 
-    rank: int
-    rho: float = 0.95
-    oversampling: int = 10
-    n_pwr_it: int = 4
-    seed: int = 0
+    process: type[Process]
+    own: tuple[str, ...]
+    implied: Mapping[str, Any] = {}
+    needs_room: bool = False
 
 
-def _kfac(s: Settings, rng: np.random.Generator, *, T_inv: int = 50) -> Process:
-    return Evd(T_inv=T_inv)
-
-
-_SKETCHES = {"rs": rsvd, "sre": srevd, "nystrom": nystrom}
-_ENDLESS = 2**62
-
-
-def _sketch(s: Settings, rng: np.random.Generator, method: str) -> Sketch:
-    return Sketch(rng, s.oversampling, s.n_pwr_it, _SKETCHES[method])
-
-
-def _rkfac(
-    s: Settings,
-    rng: np.random.Generator,
-    *,
-    T_inv: int = 0,
-    adaptive: float = 0.0,
-    sketch: str = "rs",
-    rank: int = 0,
-) -> Process:
-    period = T_inv or (_ENDLESS if adaptive else 50)
-    return Rsvd(rank or s.rank, _sketch(s, rng, sketch), T_inv=period, adaptive=adaptive)
-
-
-def _srekfac(s: Settings, rng: np.random.Generator, *, T_inv: int = 50, rank: int = 0) -> Process:
-    return Rsvd(rank or s.rank, _sketch(s, rng, "sre"), T_inv=T_inv)
-
-
-def _bkfac(s: Settings, rng: np.random.Generator, *, T_brand: int = 1, rank: int = 0) -> Process:
-    return Brand(rank or s.rank, rho=s.rho, T_brand=T_brand)
-
-
-def _brkfac(
-    s: Settings,
-    rng: np.random.Generator,
-    *,
-    T_brand: int = 1,
-    T_rsvd: int = 0,
-    adaptive: float = 0.0,
-    sketch: str = "rs",
-    rank: int = 0,
-) -> Process:
-    period = T_rsvd or (_ENDLESS if adaptive else 50)
-    by = _sketch(s, rng, sketch)
-    return BrandRsvd(rank or s.rank, by, rho=s.rho, T_rsvd=period, T_brand=T_brand, adaptive=adaptive)
-
-
-def _bkfacc(
-    s: Settings,
-    rng: np.random.Generator,
-    *,
-    T_brand: int = 1,
-    T_corct: int = 50,
-    phi_corct: float = 0.5,
-    rank: int = 0,
-) -> Process:
-    return BrandCorrected(
-        rank or s.rank, rho=s.rho, T_corct=T_corct, phi_corct=phi_corct, rng=rng, T_brand=T_brand
-    )
-
-
-def _fd(s: Settings, rng: np.random.Generator, *, T_brand: int = 1, rank: int = 0) -> Process:
-    return FrequentDirections(rank or s.rank, rho=s.rho, T_brand=T_brand)
-
-
-_BASES: dict[str, Callable[..., Process]] = {
-    "K-FAC": _kfac,
-    "R-KFAC": _rkfac,
-    "SRE-KFAC": _srekfac,
-    "B-KFAC": _bkfac,
-    "B-R-KFAC": _brkfac,
-    "B-KFAC-C": _bkfacc,
-    "FD": _fd,
+_BASES = {
+    "K-FAC": _Base(Evd, ("T_inv",)),
+    "R-KFAC": _Base(Rsvd, ("T_inv", "sketch", "rank")),
+    "SRE-KFAC": _Base(Rsvd, ("T_inv", "rank"), {"sketch": "sre"}),
+    "B-KFAC": _Base(Brand, ("T_brand", "rank"), needs_room=True),
+    "B-R-KFAC": _Base(BrandRsvd, ("T_brand", "T_rsvd", "sketch", "rank"), needs_room=True),
+    "B-KFAC-C": _Base(BrandCorrected, ("T_brand", "T_corct", "phi_corct", "rank"), needs_room=True),
+    "FD": _Base(FrequentDirections, ("T_brand", "rank"), needs_room=True),
 }
+_OF_ALL = ("continuation",)
+_TYPES: dict[str, Callable[[str], Any]] = {field.name: type(field.default) for field in fields(Settings)}
 
 
-def make_process(name: str, settings: Settings, side: str) -> Process:
-    """The process of algorithm `name` for the factor of `side` ("A" or "G").
+@dataclass(frozen=True, eq=False)
+class Algorithm:
+    """One algorithm with the settings that its name fixes. `Algorithm.parse` and `str` are inverse.
 
-    Raises:
-        InputError: unknown algorithm or setting, or a value out of range.
+    Attributes:
+        base: K-FAC, R-KFAC, SRE-KFAC, B-KFAC, B-R-KFAC, B-KFAC-C or FD.
+        own: its own settings as (name, value), in the order of its name, in which alone equal ones may differ.
     """
-    base, *options = name.split() or [""]
-    if base not in _BASES:
-        raise InputError(f"algorithm {name!r}: {base!r} is not one of {', '.join(_BASES)}")
-    make = _BASES[base]
-    allowed = make.__kwdefaults__ or {}
-    given: dict[str, int | float | str] = {}
-    for option in options:
-        key, _, value = option.partition("=")
-        if key not in allowed:
-            raise InputError(f"algorithm {name!r}: {key!r} is not one of {', '.join(allowed)}")
+
+    base: str
+    own: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, name: "str | Algorithm") -> "Algorithm":
+        """The algorithm of a name; an algorithm stands for itself.
+
+        Raises:
+            InputError: unknown base or setting, or a value out of range.
+        """
+        if isinstance(name, Algorithm):
+            return name
+        if not isinstance(name, str):
+            raise InputError(f"an algorithm's name is needed, got {name!r}")
+        base, *options = name.split() or [""]
+        if base not in _BASES:
+            raise InputError(f"algorithm {name!r}: {base!r} is not one of {', '.join(_BASES)}")
+        allowed = (*_BASES[base].own, *_OF_ALL)
+        given: dict[str, Any] = {}
+        for option in options:
+            key, _, value = option.partition("=")
+            if key not in allowed:
+                raise InputError(f"algorithm {name!r}: {key!r} is not one of {', '.join(allowed)}")
+            if key in given:
+                raise InputError(f"algorithm {name!r}: {key} is given twice")
+            try:
+                given[key] = _TYPES[key](value)
+            except ValueError:
+                raise InputError(f"algorithm {name!r}: {key} has no value {value!r}") from None
         try:
-            given[key] = type(allowed[key])(value)
-        except ValueError:
-            raise InputError(f"algorithm {name!r}: {key} has no value {value!r}") from None
-        if key == "sketch" and value not in _SKETCHES:
-            raise InputError(f"algorithm {name!r}: sketch {value!r} is not one of {', '.join(_SKETCHES)}")
-        if isinstance(given[key], int | float) and not given[key] > 0:  # type: ignore[operator]
-            raise InputError(f"algorithm {name!r}: {key} must be positive")
-    # The name itself seeds the draws, through its bytes: `hash` differs from run to run.
-    rng = np.random.default_rng([settings.seed, ord(side), *name.encode()])
-    return make(settings, rng, **given)
+            Settings(**given)
+        except InputError as error:
+            raise InputError(f"algorithm {name!r}: {error}") from None
+        return cls(base, tuple(given.items()))
+
+    def __str__(self) -> str:
+        return " ".join([self.base, *(f"{key}={_text(value)}" for key, value in self.own)])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Algorithm) and (self.base, dict(self.own)) == (other.base, dict(other.own))
+
+    def __hash__(self) -> int:
+        return hash((self.base, frozenset(self.own)))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A setting of its own, or the default."""
+        return dict(self.own).get(name, default)
+
+    def with_settings(self, **settings: Any) -> "Algorithm":
+        """The same with other settings of its own, in the base's order; None takes one away.
+
+        Raises:
+            InputError: it has no such setting, or a value is out of range.
+        """
+        own = {key: value for key, value in {**dict(self.own), **settings}.items() if value is not None}
+        order = (*_BASES[self.base].own, *_OF_ALL)
+        listed = sorted(own.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+        return Algorithm.parse(str(Algorithm(self.base, tuple(listed))))
+
+    @property
+    def process_name(self) -> str:
+        """The name without what only its inverse depends on: algorithms alike in it share their processes."""
+        return str(self.with_settings(continuation=None))
+
+    def process(self, settings: Settings, side: str) -> Process:
+        """A process for the factor of `side` ("A" or "G"); its own settings stay, whatever `configure` says."""
+        base = _BASES[self.base]
+        chosen = {**base.implied, **dict(self.own)}
+        # The name itself seeds the draws, through its bytes: `hash` differs from run to run.
+        rng = np.random.default_rng([settings.seed, ord(side), *self.process_name.encode()])
+        return base.process(replace(settings, **chosen), rng=rng, fixed=tuple(chosen))
+
+    def for_factor(self, settings: Settings, d: int, n: int) -> "Algorithm":
+        """Itself, or `FALLBACK` where it would carry r + n >= d modes of a factor (d, d) (§3.5)."""
+        if not _BASES[self.base].needs_room or self.get("rank", settings.rank) + n < d:
+            return self
+        return FALLBACK.with_settings(continuation=self.get("continuation"))
+
+
+def _text(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+FALLBACK = Algorithm("R-KFAC")
+"""What a factor with r + n >= d gets in place of a process that needs room."""

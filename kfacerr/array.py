@@ -4,6 +4,8 @@ Everything else is written against the Python array API standard (array-api-comp
 outside the standard that the K-factor algorithms need; each has a plain fallback for any other namespace.
 """
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import array_api_compat as compat
@@ -19,10 +21,14 @@ __all__ = [
     "device_array",
     "eigh_descending",
     "eps",
+    "failures",
+    "is_finite",
+    "map_arrays",
     "namespace",
     "normal",
     "product_into",
     "rank_k_update",
+    "to_dtype",
     "to_numpy",
 ]
 
@@ -80,6 +86,32 @@ def check_columns(X: Array, d: int | None = None, what: str = "columns") -> None
         raise InputError(f"{what}: float32 or float64 is needed, got {X.dtype}")
     if d is not None and X.shape[0] != d:
         raise InputError(f"{what}: {d} rows are needed, got shape {tuple(X.shape)}")
+
+
+def is_finite(X: Array) -> bool:
+    """Whether X has neither NaN nor Inf. Waits for the device."""
+    xp = compat.array_namespace(X)
+    return bool(xp.all(xp.isfinite(X)))
+
+
+def to_dtype(X: Array, dtype: Any) -> Array:
+    """A floating array in another dtype; others stay as they are."""
+    xp = compat.array_namespace(X)
+    return xp.astype(X, dtype) if xp.isdtype(X.dtype, "real floating") else X
+
+
+def map_arrays(state: Any, change: Callable[[Array], Array]) -> Any:
+    """A copy of nested dicts with every array changed."""
+    if isinstance(state, dict):
+        return {key: map_arrays(value, change) for key, value in state.items()}
+    return change(state) if compat.is_array_api_obj(state) else state
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a decomposition that fails may raise: InputError, and the errors of the backends at hand."""
+    torch = sys.modules.get("torch")
+    own = () if torch is None else (torch.linalg.LinAlgError,)
+    return (InputError, np.linalg.LinAlgError, *own)
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...], like: Array) -> Array:

@@ -4,22 +4,22 @@ pandas, matplotlib and h5py are imported by the commands that need them: `kfacer
 """
 
 import argparse
-import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import __version__
-from .algorithms import SEVEN, Settings
+from .algorithms import SEVEN
 from .command import Parser, check_at_least, run
 from .exceptions import InputError
 from .files import check_outputs, write_csv
 from .inverse import CONTINUATIONS, ESCAPED
 from .metrics import METRICS
-from .stream import Array, Step
+from .process import Settings
+from .stream import Array
 from .study import DAMPINGS, ErrorStudy, Row, averages, table
 
 if TYPE_CHECKING:
@@ -185,7 +185,6 @@ def _replay(arguments: argparse.Namespace) -> None:
             settings,
             layer.windows,
             phi=0.1 if arguments.phi is None else arguments.phi,
-            continuations=(arguments.continuation,),
             damping=arguments.damping,
         )
         frame = table(_measure(study, layer, convert, arguments), layer.windows)
@@ -202,7 +201,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     names = ("rank", "oversampling", "n_pwr_it", "seed")
     values = {name: getattr(arguments, name) for name in names}
     check_at_least(**{name: (value, int(name == "rank")) for name, value in values.items()})
-    return Settings(rho=arguments.rho, **values)
+    return Settings(rho=arguments.rho, continuation=arguments.continuation, **values)
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
@@ -233,9 +232,10 @@ def _measure(
     rows: list[Row] = []
     where = f"{arguments.recording}: layer {layer.name!r}"
     try:
-        for step in tqdm(_steps(layer, convert, arguments.phi), total=len(layer), unit="step", disable=None):
+        for step in tqdm(layer.steps(), total=len(layer), unit="step", disable=None):
+            phi = step.phi if arguments.phi is None else None
             try:
-                rows += study.push(step)
+                rows += study.push(step._replace(A=convert(step.A), G=convert(step.G), phi=phi))
             except InputError as error:
                 raise InputError(f"{where}, {error}") from None
     except BaseException as error:
@@ -247,22 +247,6 @@ def _measure(
     if not rows:
         raise InputError(f"{where}: no recorded iteration lies in a window")
     return rows
-
-
-def _steps(layer: "LayerRecording", convert: Callable[[np.ndarray], Array], phi: float | None) -> Iterator[Step]:
-    """The stream, its columns brought near 1 by one power of 2 for each factor.
-
-    That is exact and no metric depends on it, while products of columns, inverses and their squares stay far from
-    the limits of float32.
-    """
-    units: dict[str, int] = {}  # powers of 2, each of the first columns that are not zero
-    for step in layer.steps():
-        columns = {"A": step.A, "G": step.G}
-        for name, X in columns.items():
-            if name not in units and X.any():
-                units[name] = -math.frexp(float(np.max(np.abs(X))))[1]
-        A, G = (convert(np.ldexp(X, units.get(name, 0))) for name, X in columns.items())
-        yield step._replace(A=A, G=G, phi=step.phi if phi is None else None)
 
 
 # ------------------------------------------------------------------------------------------------ backends

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from .exceptions import InputError
 
 if TYPE_CHECKING:
+    import filelock
     import pandas as pd
 
-__all__ = ["check_outputs", "write_atomically", "write_csv", "write_text"]
+__all__ = ["check_outputs", "lock", "write_atomically", "write_csv", "write_text"]
 
 
 def write_atomically(path: Path, writer: Callable[[Path], object]) -> None:
@@ -50,6 +51,31 @@ def write_text(path: Path, text: str) -> None:
 def write_csv(path: Path, frame: "pd.DataFrame", *, digits: int = 8) -> None:
     """Write a table without its index, numbers with `digits` significant digits, atomically."""
     write_atomically(path, lambda temporary: frame.to_csv(temporary, index=False, float_format=f"%.{digits}g"))
+
+
+def lock(path: Path) -> "filelock.BaseFileLock":
+    """A lock beside `path`, held by this process until `release()`; a dead process holds none.
+
+    Args:
+        path: the file; missing folders are made.
+
+    Returns:
+        The lock, held.
+
+    Raises:
+        InputError: another process holds it, or it cannot be made; names `path`.
+    """
+    import filelock  # with asyncio; readers need neither
+
+    held = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except filelock.Timeout:
+        raise InputError(f"{path}: in use by another process") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be locked: {error.strerror or error}") from error
+    return held
 
 
 def check_outputs(written: Mapping[str, Path], others: Mapping[str, Path]) -> None:

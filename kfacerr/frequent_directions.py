@@ -28,7 +28,7 @@ __all__ = ["FrequentDirections"]
 
 
 class FrequentDirections(Brand):
-    """FD with sketches of rank r; arguments as for `Brand`. The estimate's `level` is the escaped mass mu."""
+    """FD with sketches of rank r. The estimate's `level` is the escaped mass mu."""
 
     _mass: Array = None
 
@@ -43,14 +43,15 @@ class FrequentDirections(Brand):
         return taken
 
     def _reduced(self, kept: Array, D: Array, decay: float) -> tuple[Array, Array]:
-        xp = namespace(D)
-        if D.shape[0] <= self.rank:
+        xp, r = namespace(D), self.settings.rank
+        if D.shape[0] <= r:
             return super()._reduced(kept, D, decay)
-        shift = D[self.rank]
+        shift = D[r]
         self._mass = decay * (self._mass + shift)
-        return xp.maximum(kept - shift, 0 * kept), xp.concat([shift + 0 * kept, D[self.rank :]])
+        return xp.maximum(kept - shift, 0 * kept), xp.concat([shift + 0 * kept, D[r:]])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave."""
         super().load_state_dict(state)
         if self.estimate is not None:
             self._mass = self.estimate.level

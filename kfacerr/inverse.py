@@ -137,11 +137,15 @@ def continuation_level(X: LowRank, continuation: str, trace: Array | None = None
     Raises:
         InputError: unknown continuation, or no trace where one is needed.
     """
-    try:
-        level = CONTINUATIONS[continuation]
-    except KeyError:
-        raise InputError(f"continuation {continuation!r} is not one of {', '.join(CONTINUATIONS)}") from None
-    return level(X, trace)
+    if continuation not in CONTINUATIONS:
+        raise InputError(f"continuation {continuation!r} is not one of {', '.join(CONTINUATIONS)}")
+    return CONTINUATIONS[continuation](X, trace)
+
+
+def check_continuation(continuation: str) -> None:
+    """Refuses what is no continuation of `damped_inverse`."""
+    if continuation not in (*CONTINUATIONS, ESCAPED):
+        raise InputError(f"continuation {continuation!r} is not one of {', '.join((*CONTINUATIONS, ESCAPED))}")
 
 
 def check_phi(phi: float) -> None:

@@ -73,3 +73,7 @@ class LowRank:
     def trace(self) -> Array:
         """Sum of D, a 0-d array."""
         return namespace(self.D).sum(self.D)
+
+    def state_dict(self) -> dict[str, Array]:
+        """The arrays; `LowRank(**state)` is this representation again."""
+        return {"basis": self.basis, "D": self.D, "mix": self.mix}

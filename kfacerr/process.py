@@ -1,72 +1,92 @@
-"""The process protocol, and what all processes share: the EA factor (8), estimates, and schedules.
+"""The process protocol: what follows one K-factor, when its updates are due, and what they are configured with.
 
-Protocol. At every iteration k that brings columns X_k a driver calls, for each process,
+Protocol. At every iteration k that brings columns X_k, `kfacerr.factor.KFactor` calls
 
     process.begin(k, factor)        # factor holds M_{k-1}
     factor.update(X_k)              # (8), once for all processes; only if one of them needs the factor
     process.update(k, X_k, factor)  # factor holds M_k
 
-and reads `process.estimate`. The error study and the optimizers drive the same objects. A process of your own
-is a subclass of `Process`; `estimate` must be an `Estimate` after the first `update`.
+and reads `process.estimate`. A process of your own is a subclass of `Process`; `estimate` must be an `Estimate`
+after the first `update`.
 """
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from .array import check_columns, namespace, rank_k_update
 from .certificate import Certificate
+from .ea import EAFactor, check_rho
 from .exceptions import InputError
+from .inverse import check_continuation
 from .lowrank import LowRank
+from .rsvd import check_sketch
 from .stream import Array
 
-__all__ = ["Clock", "EAFactor", "Estimate", "Process", "check_rho", "mean_square"]
+__all__ = ["Clock", "Cost", "Estimate", "Process", "Settings"]
 
 
-def check_rho(rho: float) -> None:
-    if not 0 < rho < 1:
-        raise InputError(f"decay rho must lie in (0, 1), got {rho}")
-
-
-def mean_square(X: Array) -> Array:
-    """||X||_F^2 = tr(X X^T), a 0-d array."""
-    return namespace(X).sum(X * X)
-
-
-class EAFactor:
-    """The exponentially averaged K-factor (8): M_0 = X_0 X_0^T, M_k = rho M_{k-1} + (1 - rho) X_k X_k^T.
+@dataclass(frozen=True)
+class Settings:
+    """What processes are configured with, by the paper's names; the defaults are those of §4.2 and §6.
 
     Attributes:
-        M: (d, d), or None before the first columns. Updated in place: copy it to keep it.
-        trace: tr M by its scalar recursion, a 0-d array.
+        rank: target rank of an RSVD and truncation rank of Brand's update, r.
+        rho: EA decay.
+        oversampling: r_o of the RSVD.
+        n_pwr_it: power iterations of the RSVD.
+        sketch: "rs" (RS-KFAC), "sre" (SRE-KFAC) or "nystrom".
+        phi_corct: share of the modes that a correction takes.
+        T_inv: iterations between decompositions.
+        T_brand: iterations between Brand updates.
+        T_rsvd: iterations between overwritings by an RSVD.
+        T_corct: iterations between corrections.
+        accumulate: Brand updates take the batches that T_brand skips, too, instead of dropping them.
+        continuation: of the spectrum, see `kfacerr.inverse`.
+        seed: of the random draws; every algorithm has a stream of its own, so that adding one changes no other.
+
+    Raises:
+        InputError: a value is out of range; names it.
     """
 
-    def __init__(self, rho: float) -> None:
-        check_rho(rho)
-        self.rho = rho
-        self.M: Array = None
-        self.trace: Array = None
+    rank: int = 220
+    rho: float = 0.95
+    oversampling: int = 10
+    n_pwr_it: int = 4
+    sketch: str = "rs"
+    phi_corct: float = 0.5
+    T_inv: int = 50
+    T_brand: int = 1
+    T_rsvd: int = 50
+    T_corct: int = 50
+    accumulate: bool = False
+    continuation: str = "min"
+    seed: int = 0
 
-    def update(self, X: Array) -> None:
-        """Absorbs columns X (d, n)."""
-        check_columns(X, None if self.M is None else self.M.shape[0])
-        if self.M is None:
-            self.M = X @ X.T
-            self.trace = mean_square(X)
-        else:
-            namespace(self.M, X)
-            self.M = rank_k_update(self.M, X, alpha=1 - self.rho, beta=self.rho)
-            self.trace = self.rho * self.trace + (1 - self.rho) * mean_square(X)
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if not _is_number(value) or value % 1 or not least <= value < float("inf"):
+                raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+            object.__setattr__(self, name, int(value))
+        for name in ("rho", "phi_corct"):
+            if not _is_number(getattr(self, name)):
+                raise InputError(f"{name} must be a number, got {getattr(self, name)!r}")
+        check_rho(self.rho)
+        if not 0 < self.phi_corct <= 1:
+            raise InputError(f"phi_corct must lie in (0, 1], got {self.phi_corct}")
+        check_sketch(self.sketch)
+        check_continuation(self.continuation)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The live arrays: write them out, or copy them, before the next update."""
-        return {"M": self.M, "trace": self.trace}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        M = state["M"]
-        self.M = M if M is None else namespace(M).asarray(M, copy=True)  # `update` writes into it
-        self.trace = state["trace"]
+_LEAST = {"rank": 1, "oversampling": 0, "n_pwr_it": 0, "seed": 0} | dict.fromkeys(
+    ("T_inv", "T_brand", "T_rsvd", "T_corct"), 1
+)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value can be a setting: also NumPy's numbers and a 0-d tensor."""
+    return not isinstance(value, str | bytes) and all(hasattr(value, name) for name in ("__float__", "__lt__"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +102,24 @@ class Estimate:
     lowrank: LowRank
     trace: Array
     level: Array | None = None
+
+
+class Cost(NamedTuple):
+    """What a process does to follow one factor (d, d) with n columns an update.
+
+    Attributes:
+        update: flops of every update, (8) included where the dense factor is needed.
+        heavy: flops that its heaviest update (EVD, RSVD, correction) adds.
+        period: iterations between two of those.
+        numbers: array elements held, the dense factor included where it is needed.
+        rank: modes that its inverse is applied with.
+    """
+
+    update: float
+    heavy: float
+    period: int
+    numbers: float
+    rank: int
 
 
 class Clock:
@@ -102,16 +140,13 @@ class Clock:
         return (k - self.origin) // self.period != self.last
 
     def due(self, k: int) -> bool:
+        """Whether the event is due at iteration k; if so, it counts as done."""
         coming = self.coming(k)
         self.last = (k - self.origin) // self.period
         return coming
 
     def reschedule(self, period: int) -> None:
         """Another period from now on; the start of the last event's interval counts as its time."""
-        if period == self.period:
-            return
-        if period < 1:
-            raise InputError(f"a period of at least 1 iteration is needed, got {period}")
         if self.last is not None:
             self.last = self.last * self.period // period
         self.period = period
@@ -121,33 +156,89 @@ class Clock:
         self.origin, self.last = k, None
 
     def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
         return {"origin": self.origin, "last": self.last, "period": self.period}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.origin, self.last = state["origin"], state["last"]
-        self.period = state.get("period", self.period)
+        """Restores what `state_dict` gave."""
+        self.origin, self.last, self.period = state["origin"], state["last"], state["period"]
 
 
 class Process:
     """One K-factor estimate that follows the EA factor; see the module's docstring for the protocol.
 
+        process = Brand(rank=8, rho=0.9)
+
+    Args:
+        settings: what it is configured with; the defaults of `Settings` if None.
+        rng: the random source; one of `settings.seed` if None.
+        fixed: the settings that `configure` does not touch, being part of an algorithm's name.
+        given: settings that differ.
+
     Attributes:
         needs_factor: whether `begin` and `update` read the dense factor; if not, they may be given None.
-        forgets: whether the heaviest update depends on the EA factor alone, so that a driver may leave out all
-            updates before it.
+        needs_columns: whether they read columns or M_{k-1}; if not, M_k is all they need.
+        forgets: whether the heaviest update depends on the EA factor alone, so that all before it may be left out.
+        schedules: the settings that are periods of its updates.
         estimate: the current estimate, None before the first update.
-        rng: the random source, for processes that draw.
-        taken: the number of heaviest updates (EVDs, RSVDs, corrections) so far.
     """
 
     needs_factor: ClassVar[bool] = True
+    needs_columns: ClassVar[bool] = True
     forgets: ClassVar[bool] = False
+    schedules: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        rng: np.random.Generator | None = None,
+        fixed: tuple[str, ...] = (),
+        **given: Any,
+    ) -> None:
+        self.settings = replace(settings or Settings(), **given)
+        self.fixed = frozenset(fixed)
+        self.clocks = {name: Clock(getattr(self.settings, name)) for name in self.schedules}
+        self.rng = rng if rng is not None else np.random.default_rng(self.settings.seed)
         self.estimate: Estimate | None = None
-        self.rng: np.random.Generator | None = None
-        self.taken = 0
         self._certificate: Certificate | str = "this process derives none"
+
+    # ------------------------------------------------------------------------------------------- settings
+
+    def configure(self, **settings: Any) -> None:
+        """Takes other settings from now on, but for those that are `fixed`."""
+        free = {name: value for name, value in settings.items() if name not in self.fixed}
+        self.settings = replace(self.settings, **free)
+        for name, clock in self.clocks.items():
+            clock.reschedule(getattr(self.settings, name))
+
+    def cost(self, d: int, n: int) -> Cost:
+        """What it costs to follow a factor (d, d) with n columns an update."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it costs")
+
+    def due(self, k: int) -> bool:
+        """Whether the update of iteration k may decompose anything."""
+        return self.estimate is None or not self.clocks or any(clock.coming(k) for clock in self.clocks.values())
+
+    def restart(self, k: int) -> None:
+        """Counts all periods from iteration k on: its heaviest update falls on the next step."""
+        for clock in self.clocks.values():
+            clock.restart(k)
+
+    # -------------------------------------------------------------------------------------------- updates
+
+    def begin(self, k: int, factor: EAFactor | None) -> None:
+        """Called with M_{k-1}, before the factor absorbs X_k."""
+
+    def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
+        """Called with X_k (d, n) and M_k."""
+        raise NotImplementedError(f"{type(self).__name__} is a process without `update`")
+
+    def refresh(self, k: int, factor: EAFactor) -> None:
+        """The heaviest update from M_k alone, at a step that brings no columns. Only where `forgets`."""
+        raise NotImplementedError(f"{type(self).__name__} forgets, but is a process without `refresh`")
+
+    # --------------------------------------------------------------------------------------- certificates
 
     @property
     def certificate(self) -> Certificate | None:
@@ -164,51 +255,23 @@ class Process:
     def _certified(self) -> Certificate | str:
         return self._certificate
 
-    def clocks(self) -> dict[str, Clock]:
-        """The process's schedules by the paper's names."""
-        return {}
-
-    def restart(self, k: int) -> None:
-        """Counts all periods from iteration k on: its heaviest update falls on the next step."""
-        for clock in self.clocks().values():
-            clock.restart(k)
-
-    def begin(self, k: int, factor: EAFactor | None) -> None:
-        """Called with M_{k-1}, before the factor absorbs X_k."""
-
-    def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
-        """Called with X_k (d, n) and M_k."""
-        raise NotImplementedError(f"{type(self).__name__} is a process without `update`")
-
-    def refresh(self, k: int, factor: EAFactor) -> None:
-        """The heaviest update from M_k alone, at a step that brings no columns. Only where `forgets`."""
-        raise NotImplementedError(f"{type(self).__name__} forgets, but is a process without `refresh`")
+    # ---------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts of arrays and plain values; `load_state_dict` of a process made alike restores it."""
-        state: dict[str, Any] = {name: clock.state_dict() for name, clock in self.clocks().items()}
-        if self.rng is not None:
-            state["rng"] = self.rng.bit_generator.state
-        if self.estimate is not None:
-            X, given = self.estimate.lowrank, self.estimate
-            state["estimate"] = {
-                "basis": X.basis, "D": X.D, "mix": X.mix, "trace": given.trace, "level": given.level
-            }  # fmt: skip
-        known = self._certificate
-        state["certificate"] = known if isinstance(known, str) else dict(vars(known))
-        state["taken"] = self.taken
-        return state
+        held, known = self.estimate, self._certificate
+        return {
+            "clocks": {name: clock.state_dict() for name, clock in self.clocks.items()},
+            "rng": self.rng.bit_generator.state,
+            "estimate": held and {**vars(held), "lowrank": held.lowrank.state_dict()},
+            "certificate": known if isinstance(known, str) else dict(vars(known)),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, clock in self.clocks().items():
-            if name in state:
-                clock.load_state_dict(state[name])
-        if self.rng is not None:
-            self.rng.bit_generator.state = state["rng"]
-        held = state.get("estimate")
-        self.estimate = held and Estimate(
-            LowRank(held["basis"], held["D"], held["mix"]), held["trace"], held.get("level")
-        )
-        known = state.get("certificate", "the state was saved without one")
+        """Restores what `state_dict` gave."""
+        for name, clock in self.clocks.items():
+            clock.load_state_dict(state["clocks"][name])
+        self.rng.bit_generator.state = state["rng"]
+        held, known = state["estimate"], state["certificate"]
+        self.estimate = held and Estimate(**{**held, "lowrank": LowRank(**held["lowrank"])})
         self._certificate = known if isinstance(known, str) else Certificate(**known)
-        self.taken = state.get("taken", 0)

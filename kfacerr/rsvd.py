@@ -12,7 +12,7 @@ from .exceptions import InputError
 from .lowrank import LowRank
 from .stream import Array
 
-__all__ = ["evd", "nystrom", "rsvd", "srevd"]
+__all__ = ["SKETCHES", "check_sketch", "evd", "nystrom", "rsvd", "srevd"]
 
 
 def evd(M: Array, r: int | None = None) -> LowRank:
@@ -84,6 +84,16 @@ def nystrom(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.rando
     QF, RF = xp.linalg.qr((Y @ V) / xp.sqrt(w)[None, :])
     U, S, _ = xp.linalg.svd(RF, full_matrices=False)
     return LowRank(QF @ U[:, :r], _without_null(S[:r] ** 2, M.shape[0]))
+
+
+SKETCHES = {"rs": rsvd, "sre": srevd, "nystrom": nystrom}
+"""The three by the name of the setting `sketch`."""
+
+
+def check_sketch(sketch: str) -> None:
+    """Refuses what is none of `SKETCHES`."""
+    if sketch not in SKETCHES:
+        raise InputError(f"sketch {sketch!r} is not one of {', '.join(SKETCHES)}")
 
 
 def _covers(M: Array, r: int, oversampling: int, n_pwr_it: int) -> bool:

@@ -7,35 +7,32 @@ Before a window, processes with a memory (B-KFAC, B-KFAC-C) run on the whole str
 depends on the EA factor alone start with the window.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
-from .algorithms import Settings, make_process
-from .array import check_columns, namespace, to_numpy
+from .algorithms import Algorithm
+from .array import failures, namespace, to_numpy
 from .exceptions import InputError
-from .inverse import (
-    CONTINUATIONS,
-    ESCAPED,
-    DampedInverse,
-    DenseInverse,
-    check_phi,
-    damped_inverse,
-    exact_inverse,
-    precondition_linear,
-)
+from .factor import KFactor
+from .inverse import DampedInverse, DenseInverse, check_phi, precondition_linear
 from .metrics import METRICS, angle_error, inverse_error, norm_error
-from .process import EAFactor, Estimate, Process
-from .processes import BrandRsvd, Rsvd
+from .process import Process, Settings
 from .stream import Array, Step, Window
 
-__all__ = ["DAMPINGS", "ErrorStudy", "Row", "averages", "by_window", "table"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["CERTIFIED", "DAMPINGS", "ErrorStudy", "Row", "averages", "by_window", "table"]
 
 DAMPINGS = ("own", "common")
 """lam = phi * lambda_max of each method's own representation, or the reference's lam for all."""
+
+CERTIFIED = {"A": "certified_A", "G": "certified_G"}
+"""Names of the certified bounds on metrics (1) and (2)."""
 
 
 class Row(NamedTuple):
@@ -46,11 +43,12 @@ class Row(NamedTuple):
     metric: str
     value: float
     epoch: int
-    continuation: str
 
 
-def table(rows: Iterable[Row], windows: Sequence[Window] = ()) -> pd.DataFrame:
+def table(rows: Iterable[Row], windows: Sequence[Window] = ()) -> "pd.DataFrame":
     """The rows as a tidy data frame; with a column `window`, its first iteration, where windows are given."""
+    import pandas as pd
+
     frame = pd.DataFrame(list(rows), columns=list(Row._fields))
     if not windows:
         return frame
@@ -58,7 +56,7 @@ def table(rows: Iterable[Row], windows: Sequence[Window] = ()) -> pd.DataFrame:
     return frame.assign(window=starts[np.searchsorted(starts, frame.k, side="right") - 1])
 
 
-def by_window(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+def by_window(frame: "pd.DataFrame") -> "list[tuple[str, pd.DataFrame]]":
     """The rows of each window and what to call it, in the windows' order.
 
     Windows are told apart by the columns epoch and `window`; a table without the latter has one an epoch.
@@ -72,7 +70,7 @@ def by_window(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     ]
 
 
-def averages(frame: pd.DataFrame) -> pd.DataFrame:
+def averages(frame: "pd.DataFrame") -> "pd.DataFrame":
     """The mean of every metric over each window, algorithms in their order (the error columns of Table 1).
 
     `window`, its first iteration, is a column if it is one of the table's.
@@ -83,70 +81,12 @@ def averages(frame: pd.DataFrame) -> pd.DataFrame:
     return mean.reindex(order, level="algorithm")[list(METRICS)].reset_index()
 
 
-class _Held(NamedTuple):
-    """A damped inverse, what it was made of, and its error against the reference it was measured with."""
+class _Measured(NamedTuple):
+    """One algorithm of the table: the process that it shares with others, and its inverse's continuation."""
 
-    estimate: Estimate
-    damping: Any
-    inverse: DampedInverse
-    reference: DenseInverse
-    error: float
-
-
-class _Side:
-    """One K-factor ("A" or "G"): its EA factor, every algorithm's process, and what is measured of them."""
-
-    def __init__(self, rho: float, processes: Mapping[str, Process]) -> None:
-        self.factor = EAFactor(rho)
-        self.processes = processes
-        self.reference: DenseInverse | None = None
-        self.lam: Array = None
-        self.held: dict[tuple[str, str], _Held] = {}
-
-    def run(self, k: int, X: Array, active: Sequence[str]) -> None:
-        """One update step of (8) and of the active processes."""
-        for name in active:
-            self.processes[name].begin(k, self.factor)
-        self.factor.update(X)
-        for name in active:
-            self.processes[name].update(k, X, self.factor)
-
-    def start(self, k: int) -> None:
-        """A window starts at a step that brings no columns: processes that forget begin from M_k."""
-        if self.factor.M is None:
-            raise InputError("the window starts before the first update of the EA factors")
-        for process in self.processes.values():
-            if process.forgets:
-                process.refresh(k, self.factor)
-
-    def refer(self, phi: float) -> DenseInverse:
-        """The exact damped inverse of M_k."""
-        self.reference, self.lam = exact_inverse(self.factor.M, phi=phi)
-        return self.reference
-
-    def measure(self, name: str, continuation: str, phi: float, damping: str) -> _Held:
-        """One algorithm's inverse and its error, made anew only where something it depends on changed."""
-        estimate = self.processes[name].estimate
-        assert estimate is not None and self.reference is not None
-        held = self.held.get((name, continuation))
-        by: Any = self.lam if damping == "common" else phi
-        if held is None or held.estimate is not estimate or not _same(held.damping, by):
-            inverse = damped_inverse(
-                estimate.lowrank,
-                phi=phi if damping == "own" else None,
-                lam=self.lam if damping == "common" else None,
-                continuation=continuation,
-                trace=estimate.trace,
-                level=estimate.level,
-            )
-        elif held.reference is self.reference:
-            return held
-        else:
-            inverse = held.inverse
-        error = inverse_error(inverse, self.reference)
-        held = _Held(estimate, by, inverse, self.reference, error)
-        self.held[name, continuation] = held
-        return held
+    name: str
+    process: str
+    continuation: str
 
 
 class ErrorStudy:
@@ -156,12 +96,16 @@ class ErrorStudy:
     device and dtype, and all work is done there.
 
     Args:
-        algorithms: names as in `kfacerr.algorithms`, or any names mapped to pairs of processes (for A, for G).
-        settings: of the processes.
+        algorithms: names (`kfacerr.algorithms`); or any names mapped to pairs of processes (for A, for G), where a
+            name may end in " continuation=..." and a pair may stand under several names.
+        settings: of the processes, and their continuation where a name has none.
         windows: where errors are measured; they must not overlap.
         phi: damping ratio, where a step brings none.
-        continuations: spectrum continuations, each measured on the same processes.
         damping: "own" or "common".
+        certify: also give the certified bounds on metrics (1) and (2), where there are any.
+
+    Attributes:
+        factors: the `KFactor` of each side.
 
     Raises:
         InputError: unknown names or values out of range.
@@ -169,52 +113,38 @@ class ErrorStudy:
 
     def __init__(
         self,
-        algorithms: Sequence[str] | Mapping[str, tuple[Process, Process]],
+        algorithms: Sequence[str | Algorithm] | Mapping[str, tuple[Process, Process]],
         settings: Settings,
         windows: Sequence[Window],
         *,
         phi: float = 0.1,
-        continuations: Sequence[str] = ("min",),
         damping: str = "own",
+        certify: bool = False,
     ) -> None:
         check_phi(phi)
-        _check_choice("damping", damping, DAMPINGS)
-        for kind in continuations:
-            _check_choice("continuation", kind, (*CONTINUATIONS, ESCAPED))
-        self.windows = sorted(windows)
-        for one, other in zip(self.windows, self.windows[1:], strict=False):
-            if other.start in one:
-                raise InputError(f"windows overlap: {tuple(one)} and {tuple(other)}")
-        if isinstance(algorithms, Mapping):
-            pairs = dict(algorithms)
-        else:
-            pairs = {n: (make_process(n, settings, "A"), make_process(n, settings, "G")) for n in algorithms}
-        self.names = tuple(pairs)
-        # A rank given in a name stands; every other follows `tune`.
-        self._tunable = [p for n, pair in pairs.items() if "rank=" not in n for p in pair if hasattr(p, "rank")]
-        self.sides = {
-            "A": _Side(settings.rho, {n: pair[0] for n, pair in pairs.items()}),
-            "G": _Side(settings.rho, {n: pair[1] for n, pair in pairs.items()}),
+        if damping not in DAMPINGS:
+            raise InputError(f"damping {damping!r} is not one of {', '.join(DAMPINGS)}")
+        self.windows = _ordered(windows)
+        self.measured, pairs = _followed(algorithms, settings)
+        self.factors = {
+            side: KFactor(side, {name: pair[i] for name, pair in pairs.items()}, settings.rho, dense=True)
+            for i, side in enumerate("AG")
         }
         self.phi = phi
-        self.continuations = tuple(continuations)
         self.damping = damping
+        self.certify = certify
         self.last_k = -1
-        self._referred_phi: float | None = None
+        self._errors: dict[tuple[str, str], tuple[DampedInverse, DenseInverse, float]] = {}
 
     @property
-    def processes(self) -> Iterator[Process]:
-        """All processes of both factors."""
-        for side in self.sides.values():
-            yield from side.processes.values()
+    def names(self) -> tuple[str, ...]:
+        """What the table's algorithms are called."""
+        return tuple(measured.name for measured in self.measured)
 
-    def tune(self, *, rank: int, oversampling: int) -> None:
-        """Sets r and r_o from now on, for schedules such as the paper's r(k), r_o(k)."""
-        for process in self._tunable:
-            process.rank = rank
-        for process in self.processes:
-            if isinstance(process, Rsvd | BrandRsvd):
-                process.sketch.oversampling = oversampling
+    def configure(self, **settings: Any) -> None:
+        """Settings from now on, for schedules such as the paper's r(k), r_o(k); those in a name stand."""
+        for factor in self.factors.values():
+            factor.configure(**settings)
 
     def window(self, k: int) -> Window | None:
         """The window iteration k is measured in, if any. Such iterations are pushed even without an update."""
@@ -228,103 +158,150 @@ class ErrorStudy:
         """
         try:
             return self._push(step)
-        except InputError as error:
-            raise InputError(f"iteration {step.k}: {error}") from None
-        except np.linalg.LinAlgError as error:  # overflow inside a decomposition
+        except failures() as error:  # overflow inside a decomposition
             raise InputError(f"iteration {step.k}: {error}") from None
 
     def _push(self, step: Step) -> list[Row]:
-        if step.k <= self.last_k:
-            raise InputError(f"it comes after iteration {self.last_k}, but k must increase")
-        columns = {"A": step.A, "G": step.G}
-        for name, X in columns.items():
-            self._check(name, X)
+        window = self.window(step.k)
+        starts = window is not None and self.last_k < window.start  # the first step seen inside it
+        self._check(step, window, starts)
+        columns = {side: f.admit(X) for (side, f), X in zip(self.factors.items(), (step.A, step.G), strict=True)}
         namespace(step.A, step.G)
         if step.A.shape[1] != step.G.shape[1]:
             raise InputError(f"A has {step.A.shape[1]} columns and G has {step.G.shape[1]}")
-        window = self.window(step.k)
-        starts = window is not None and self.last_k < window.start  # the first step seen inside it
+        self.last_k = step.k
+        for side, factor in self.factors.items():
+            if starts:
+                for process in factor.processes.values():
+                    process.restart(step.k)
+            if step.update:
+                active = [n for n, p in factor.processes.items() if window is not None or not p.forgets]
+                factor.push(step.k, step.A if side == "A" else step.G, active=active, finite=True)
+            elif starts:
+                self._refresh(factor, step.k)
+        return [] if window is None else self._measure(step, columns, window)
+
+    def _check(self, step: Step, window: Window | None, starts: bool) -> None:
+        """Refuses a step out of order."""
+        if step.k <= self.last_k:
+            raise InputError(f"it comes after iteration {self.last_k}, but k must increase")
         if window is not None and starts and step.k > window.start and not step.update:
             raise InputError(
                 f"the window from {window.start} begins only here, at a step that does not update the EA factors"
             )
-        self.last_k = step.k
-        if starts:
-            for process in self.processes:
-                process.restart(step.k)
-        for name, side in self.sides.items():
-            if step.update:
-                active = [n for n, p in side.processes.items() if window is not None or not p.forgets]
-                side.run(step.k, columns[name], active)
-            elif starts:
-                side.start(step.k)
-        return [] if window is None else self._measure(step, window, starts)
 
-    def _check(self, name: str, X: Array) -> None:
-        M = self.sides[name].factor.M
-        check_columns(X, None if M is None else M.shape[0], name)
-        xp = namespace(X) if M is None else namespace(M, X)
-        if not bool(xp.all(xp.isfinite(X))):
-            raise InputError(f"{name}: NaN or Inf in the columns")
+    def _refresh(self, factor: KFactor, k: int) -> None:
+        """A window starts at a step that brings no columns: processes that forget begin from M_k."""
+        if factor.average.M is None:
+            raise InputError("the window starts before the first update of the EA factors")
+        factor.refresh(k)
 
-    def _measure(self, step: Step, window: Window, starts: bool) -> list[Row]:
+    # -------------------------------------------------------------------------------------------- metrics
+
+    def _measure(self, step: Step, columns: Mapping[str, Array], window: Window) -> list[Row]:
         phi = self.phi if step.phi is None else step.phi
-        A, G = self.sides["A"], self.sides["G"]
-        if step.update or starts or phi != self._referred_phi or A.reference is None or G.reference is None:
-            A.refer(phi)
-            G.refer(phi)
-            self._referred_phi = phi
-        assert A.reference is not None and G.reference is not None
-        P, Q = precondition_linear(step.G, step.A, G.reference, A.reference)
-        S_ref = P @ Q.T
+        references = {side: factor.reference(phi) for side, factor in self.factors.items()}
+        S_ref = _step(columns, {side: inverse for side, (inverse, _) in references.items()})
         rows = []
-        for name in self.names:
-            for kind in self.continuations:
-                a = A.measure(name, kind, phi, self.damping)
-                g = G.measure(name, kind, phi, self.damping)
-                P, Q = precondition_linear(step.G, step.A, g.inverse, a.inverse)
-                S = P @ Q.T
-                values = (a.error, g.error, norm_error(S, S_ref), angle_error(S, S_ref))
-                for metric, value in zip(METRICS, values, strict=True):
-                    if not math.isfinite(value):
-                        raise InputError(f"{name}: {metric} is {value}: beyond the range of {S.dtype}")
-                    rows.append(Row(name, step.k, metric, value, window.epoch, kind))
+        for measured in self.measured:
+            inverses = {side: self._inverse(measured, side, phi, references[side][1]) for side in "AG"}
+            errors = {s: self._error(measured, s, inverses[s], references[s][0]) for s in "AG"}
+            S = _step(columns, inverses)
+            values = (errors["A"], errors["G"], norm_error(S, S_ref), angle_error(S, S_ref))
+            for metric, value in zip(METRICS, values, strict=True):
+                if not math.isfinite(value):
+                    raise InputError(f"{measured.name}: {metric} is {value}: beyond the range of {S.dtype}")
+                rows.append(Row(measured.name, step.k, metric, value, window.epoch))
+            if self.certify and step.update:
+                rows += self._certified(measured, step.k, inverses, window.epoch)
         return rows
+
+    def _inverse(self, measured: _Measured, side: str, phi: float, lam: Array) -> DampedInverse:
+        """The inverse of one algorithm; the reference's lam damps it where the damping is common."""
+        damping = {"phi": phi} if self.damping == "own" else {"lam": lam}
+        inverse = self.factors[side].inverse(measured.process, continuation=measured.continuation, **damping)
+        if inverse is None:
+            raise InputError(f"{side}: {measured.name} holds no estimate, or one that is zero")
+        return inverse
+
+    def _error(self, measured: _Measured, side: str, inverse: DampedInverse, reference: DenseInverse) -> float:
+        """Metric (1) or (2), made anew only where something it depends on changed."""
+        held = self._errors.get((measured.name, side))
+        if held is None or held[0] is not inverse or held[1] is not reference:
+            held = self._errors[measured.name, side] = (inverse, reference, inverse_error(inverse, reference))
+        return held[2]
+
+    def _certified(
+        self, measured: _Measured, k: int, inverses: Mapping[str, DampedInverse], epoch: int
+    ) -> Iterator[Row]:
+        """The certified bounds on metrics (1) and (2), where the algorithm has one now.
+
+        At one damping lam~ they are b, from the certificate. With its own, lam~ = phi D_1, the reference's lam
+        differs: |lam - lam~| <= phi ||E||_2 (Weyl). With R(x) = (M + x I)^-1, R(lam~) - R(lam) =
+        (lam - lam~) R(lam~) R(lam) and ||R(lam~)||_2 <= 1/lam~ give ||R(lam~) - R(lam)||_F <= e ||R(lam)||_F,
+        e = ||E||_2/D_1. So the whole is at most b (1 + e) + e.
+        """
+        for side, inverse in inverses.items():
+            known = self.factors[side].processes[measured.process].certificate
+            if known is None:
+                continue
+            low = inverse.lowrank
+            bound = float(known.relative_inverse_bound(low, inverse.lam, inverse.tau))
+            e = 0.0 if self.damping == "common" else float(known.spectral / low.lambda_max)
+            yield Row(measured.name, k, CERTIFIED[side], bound * (1 + e) + e, epoch)
 
     def spectrum(self, side: str) -> np.ndarray:
         """Eigenvalues (d,) of the EA factor as it stands, descending."""
-        M = self.sides[side].factor.M
-        return to_numpy(namespace(M).linalg.eigvalsh(M))[::-1]
+        factor = self.factors[side]
+        M = factor.average.M
+        return to_numpy(namespace(M).linalg.eigvalsh(M))[::-1] / (factor.unit or 1.0) ** 2
+
+    # ---------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed study needs, as nested dicts of arrays and plain values."""
-        return {
-            "last_k": self.last_k,
-            "sides": {
-                name: {
-                    "factor": side.factor.state_dict(),
-                    "processes": {n: p.state_dict() for n, p in side.processes.items()},
-                }
-                for name, side in self.sides.items()
-            },
-        }
+        factors = {side: factor.state_dict() for side, factor in self.factors.items()}
+        return {"last_k": self.last_k, "factors": factors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores a study made with the same arguments."""
         self.last_k = state["last_k"]
-        for name, side in self.sides.items():
-            side.factor.load_state_dict(state["sides"][name]["factor"])
-            for n, process in side.processes.items():
-                process.load_state_dict(state["sides"][name]["processes"][n])
-            side.reference = None
-            side.held.clear()
+        for side, factor in self.factors.items():
+            factor.load_state_dict(state["factors"][side])
+        self._errors.clear()
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two dampings are the same: numbers by value, arrays by identity (no device is asked)."""
-    return one is other or (isinstance(one, float) and isinstance(other, float) and one == other)
+def _step(columns: Mapping[str, Array], inverses: Mapping[str, Any]) -> Array:
+    """S = Gamma^-1 G A^T A^-1 (d_G, d_A), from Algorithm 8's factors."""
+    P, Q = precondition_linear(columns["G"], columns["A"], inverses["G"], inverses["A"])
+    return P @ Q.T
 
 
-def _check_choice(what: str, value: str, among: Iterable[str]) -> None:
-    if value not in among:
-        raise InputError(f"{what} {value!r} is not one of {', '.join(among)}")
+def _ordered(windows: Sequence[Window]) -> list[Window]:
+    """By their start; refuses windows that overlap."""
+    ordered = sorted(windows)
+    for one, other in itertools.pairwise(ordered):
+        if other.start in one:
+            raise InputError(f"windows overlap: {tuple(one)} and {tuple(other)}")
+    return ordered
+
+
+def _followed(
+    algorithms: Sequence[str | Algorithm] | Mapping[str, tuple[Process, Process]], settings: Settings
+) -> tuple[list[_Measured], dict[str, tuple[Process, Process]]]:
+    """What is measured, and the pairs of processes behind it by name."""
+    measured: list[_Measured] = []
+    pairs: dict[str, tuple[Process, Process]] = {}
+    if isinstance(algorithms, Mapping):
+        for name, pair in algorithms.items():
+            process, _, continuation = name.partition(" continuation=")
+            pairs.setdefault(process, pair)
+            measured.append(_Measured(name, process, continuation or settings.continuation))
+        return measured, pairs
+    for algorithm in dict.fromkeys(map(Algorithm.parse, algorithms)):
+        process = algorithm.process_name
+        if process not in pairs:
+            pairs[process] = (algorithm.process(settings, "A"), algorithm.process(settings, "G"))
+        continuation = algorithm.get("continuation", settings.continuation)
+        measured.append(_Measured(str(algorithm), process, continuation))
+    return measured, pairs

@@ -23,17 +23,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import propositions
-from .array import check_columns
+from .algorithms import Algorithm
 from .certificate import Certificate
 from .correction import correct
 from .exceptions import InputError
-from .frequent_directions import FrequentDirections
+from .factor import KFactor
+from .inverse import check_phi
 from .lowrank import LowRank
-from .process import EAFactor, Process, check_rho
-from .processes import Brand, BrandRsvd, Evd, Rsvd, Sketch
+from .process import Process, Settings
 from .propositions import Claim, Identity, Inequality, Psd
 from .recording import LayerRecording
-from .rsvd import nystrom, rsvd
 
 __all__ = ["Finding", "Report", "certificate_claims", "findings", "verify_layer"]
 
@@ -156,54 +155,52 @@ def _dense(low: LowRank) -> np.ndarray:
     return np.asarray((low.U * low.D[None, :]) @ low.U.T)
 
 
-def stretch_claims(
-    columns: Sequence[np.ndarray], *, rank: int, rho: float, phi: float, seed: int
-) -> Iterator[Claim]:
+def stretch_claims(columns: Sequence[np.ndarray], settings: Settings, *, phi: float) -> Iterator[Claim]:
     """All claims on one stretch of columns (d, n), float64."""
     columns = propositions.compress([_narrow(X) for X in columns])
+    rank, rho = settings.rank, settings.rho
     yield from propositions.claims(columns, r=rank, rho=rho)
-
-    def rough(method: object) -> Sketch:
-        return Sketch(np.random.default_rng(seed), 2, 0, method)  # type: ignore[arg-type]
-
-    brand = Brand(rank, rho=rho)
-    processes: dict[str, Process] = {
-        "B-KFAC": brand,
-        "B-R-KFAC": BrandRsvd(rank, rough(rsvd), rho=rho, T_rsvd=2),
-        "B-R-KFAC Nyström": BrandRsvd(rank, rough(nystrom), rho=rho, T_rsvd=2),
-        "R-KFAC": Rsvd(rank, rough(rsvd), T_inv=1),
-        "K-FAC": Evd(T_inv=1),
-        "FD": FrequentDirections(rank, rho=rho),
-    }
-    factor = EAFactor(rho)
+    factor = KFactor("stretch", {name: Algorithm.parse(name).process(settings, "A") for name in CERTIFIED}, rho)
+    brand = factor.processes["B-KFAC"]
     for k, X in enumerate(columns):
         before = None if brand.estimate is None else brand.estimate.lowrank
-        for process in processes.values():
-            process.begin(k, factor)
-        factor.update(X)
-        for name, process in processes.items():
-            process.update(k, X, factor)
-            yield from certificate_claims(process, factor.M, phi, f"{name}, k={k}")
-        yield brand_claim(brand, before, X, f"k={k}")
+        factor.push(k, X)
+        for name, process in factor.processes.items():
+            yield from certificate_claims(process, factor.average.M, phi, f"{name}, k={k}")
+        yield brand_claim(brand, before, factor.admit(X), f"k={k}")
         if k == 0:
             continue
         assert brand.estimate is not None
         low = brand.estimate.lowrank
-        idx = np.random.default_rng([seed, k]).choice(low.m, size=(min(rank, low.m) + 1) // 2, replace=False)
-        after = correct(low, factor.M, idx)
-        yield from propositions.correction(factor.M, _dense(low), _dense(after), low.U[:, idx])
+        idx = np.random.default_rng([settings.seed, k]).choice(
+            low.m, size=(min(rank, low.m) + 1) // 2, replace=False
+        )
+        after = correct(low, factor.average.M, idx)
+        yield from propositions.correction(factor.average.M, _dense(low), _dense(after), low.U[:, idx])
 
 
-def brand_claim(brand: Brand, before: LowRank | None, X: np.ndarray, where: str) -> Claim:
+CERTIFIED = (
+    "B-KFAC",
+    "B-R-KFAC T_rsvd=2",
+    "B-R-KFAC T_rsvd=2 sketch=nystrom",
+    "R-KFAC T_inv=1",
+    "K-FAC T_inv=1",
+    "FD",
+)
+"""The algorithms whose certificates are checked on a stretch; their sketches are rough ones (`_rough`)."""
+
+
+def brand_claim(brand: Process, before: LowRank | None, X: np.ndarray, where: str) -> Claim:
     """(10): the process's estimate after X is rho B + (1 - rho) X X^T, B the leading modes of that `before`.
 
     One step at a time: where eigenvalues r and r + 1 are near, two sound runs of (10) part for good.
     """
     held, known = brand.estimate, brand.certificate
     assert held is not None and known is not None
+    rank, rho = brand.settings.rank, brand.settings.rho
     expected = X @ X.T
     if before is not None:
-        expected = brand.rho * _dense(before.truncate(brand.rank)) + (1 - brand.rho) * expected
+        expected = rho * _dense(before.truncate(rank)) + (1 - rho) * expected
     scale = _scale(float(held.trace), float(known.rounding))
     return Identity("(10) by the Brand process", _dense(held.lowrank), expected, scale, where)
 
@@ -267,54 +264,66 @@ class _Probes:
 
 
 class _Side:
-    """One K-factor of a layer on its way through the recording."""
+    """One K-factor of a layer on its way through the recording: B-KFAC and the probes follow it without M.
+
+    Args:
+        name: "A" or "G".
+        d: its dimension.
+        settings: of the processes; the sketches are rough ones, of two more columns and no power iteration.
+        phi: damping ratio of the inverse certificates.
+        widths: columns of an update on the whole stream, and on a stretch.
+        starts: the updates that stretches start with.
+        length: updates in each.
+    """
 
     def __init__(
         self,
         name: str,
-        widths: tuple[int, int],
         d: int,
-        rank: int,
-        rho: float,
+        settings: Settings,
         phi: float,
-        seed: int,
+        widths: tuple[int, int],
         starts: list[int],
         length: int,
     ) -> None:
-        self.name, self.rank, self.rho, self.phi, self.seed = name, rank, rho, phi, seed
-        self.whole, self.dense = widths  # columns of an update on the whole stream, and on a stretch
+        self.name, self.settings, self.phi = name, settings, phi
+        self.whole, self.dense = widths
         self.starts, self.length = starts, length
-        self.rng = np.random.default_rng([seed, 1])
-        self.brand = Brand(rank, rho=rho)
-        self.probes = _Probes(d, rho, seed)
+        self.rng = np.random.default_rng([settings.seed, 1])
+        self.factor = KFactor(name, {"B-KFAC": Algorithm.parse("B-KFAC").process(settings, name)}, settings.rho)
+        self.probes = _Probes(d, settings.rho, settings.seed)
         self.open: list[tuple[int, int, list[np.ndarray]]] = []  # first iteration, end, columns
 
     def push(self, i: int, k: int, X: np.ndarray, checks: int) -> Iterator[tuple[str, Claim]]:
         """The i-th update, at iteration k."""
-        check_columns(X, self.probes.W.shape[0])
-        X = _narrow(_chosen(X.astype(np.float64), self.whole, self.rng))
+        X = _narrow(_chosen(self.factor.admit(X.astype(np.float64)), self.whole, self.rng))
+        brand = self.factor.processes["B-KFAC"]
         if i in self.starts:
-            held = self.brand.estimate
-            low = None if held is None else held.lowrank.truncate(self.rank + self.dense)
+            low = (
+                None
+                if brand.estimate is None
+                else brand.estimate.lowrank.truncate(self.settings.rank + self.dense)
+            )
             root = [] if low is None else [low.U * np.sqrt(low.D)[None, :]]
             self.open.append((k, i + self.length, root))
-        self.brand.update(i, X, None)
+        self.factor.push(i, X)
         self.probes.update(X)
-        assert self.brand.estimate is not None and self.brand.certificate is not None
-        trace = float(self.brand.estimate.trace)
-        for claim in self.probes.claims(self.brand.estimate.lowrank, self.brand.certificate, trace, checks):
+        assert brand.estimate is not None and brand.certificate is not None
+        trace = float(brand.estimate.trace)
+        for claim in self.probes.claims(brand.estimate.lowrank, brand.certificate, trace, checks):
             yield f"{self.name}, iteration {k}", claim
+        yield from self._stretches(i, _chosen(X, self.dense, self.rng))
 
+    def _stretches(self, i: int, X: np.ndarray) -> Iterator[tuple[str, Claim]]:
+        """Gives X to the open stretches, and what those claim that end with it."""
         still = []
-        few = _chosen(X, self.dense, self.rng)
         for start, end, columns in self.open:
-            columns.append(few)
+            columns.append(X)
             if i + 1 < end:
                 still.append((start, end, columns))
                 continue
-            place = f"{self.name}, stretch from {start}"
-            for claim in stretch_claims(columns, rank=self.rank, rho=self.rho, phi=self.phi, seed=self.seed):
-                yield place, claim
+            for claim in stretch_claims(columns, self.settings, phi=self.phi):
+                yield f"{self.name}, stretch from {start}", claim
         self.open = still
 
 
@@ -346,23 +355,21 @@ def verify_layer(
         InputError: values out of range, fewer than two updates, or bad columns; names file, layer and iteration.
     """
     where = f"{layer.path}: layer {layer.name!r}"
-    check_rho(rho)
+    check_phi(phi)
     updates = np.flatnonzero(layer.update)
     if len(updates) < 2:
         raise InputError(f"{where}: at least two updates of the EA factors are needed, there are {len(updates)}")
     for name, value in (("rank", rank), ("stretches", stretches), ("length", length)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    if not 0 < phi < math.inf:
-        raise InputError(f"phi must be positive and finite, got {phi}")
-
     sides: list[_Side] = []
     for name, d in (("A", layer.d_A), ("G", layer.d_G)):
         r = rank or max(1, min(layer.n, d // 4, ROWS // 4))
         steps = min(length or max(2, min(5, (ROWS - r) // min(layer.n, d) - 1)), len(updates))
         widths = _widths(d, layer.n, r, steps)
         starts = sorted({round(x) for x in np.linspace(0, len(updates) - steps, stretches)})
-        sides.append(_Side(name, widths, d, r, rho, phi, seed, starts, steps))
+        settings = Settings(rank=r, rho=rho, oversampling=2, n_pwr_it=0, seed=seed)
+        sides.append(_Side(name, d, settings, phi, widths, starts, steps))
 
     def claims() -> Iterator[tuple[str, Claim]]:
         i = 0
@@ -378,7 +385,7 @@ def verify_layer(
 
     found = findings(claims())
     coverage = [
-        f"{side.name} (d={side.probes.W.shape[0]}, r={side.rank}): all claims, densely and exactly, on "
+        f"{side.name} (d={side.probes.W.shape[0]}, r={side.settings.rank}): all claims, densely and exactly, on "
         + ", ".join(_span(layer, updates, start, side.length) for start in side.starts)
         + _share(side.dense, layer.n)
         + f"; B-KFAC's certificate at all {len(updates)} updates by {PROBES} random probes"

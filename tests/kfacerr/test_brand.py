@@ -190,7 +190,7 @@ def _streams_float32(kind: str, d: int, n: int, r: int, steps: int) -> list[np.n
 @pytest.mark.parametrize("kind", ["decaying", "rank at most r", "gap"])
 def test_a_thousand_float32_updates_stay_orthonormal_ordered_and_near_float64(fast_xp, kind):
     d, n, r, rho = 48, 6, 12, 0.95
-    process, exact = Brand(r, rho=rho), Brand(r, rho=rho)
+    process, exact = Brand(rank=r, rho=rho), Brand(rank=r, rho=rho)
     for k, X in enumerate(_streams_float32(kind, d, n, r, 1000)):
         process.update(k, fast_xp.array(X), None)
         exact.update(k, X.astype(np.float64), None)
@@ -209,7 +209,7 @@ def test_a_thousand_float32_updates_stay_orthonormal_ordered_and_near_float64(fa
 def test_float64_gram_updates_follow_the_dense_process(fast_xp):
     kinds = ("plain", "zero", "repeated", "in span", "huge", "tiny")
     columns = stream(np.random.default_rng(5), d=30, n=4, steps=60, kinds=kinds, decay="slow decay")
-    process = Brand(7, rho=0.9)
+    process = Brand(rank=7, rho=0.9)
     for k, (X, M) in enumerate(zip(columns, reference.bkfac(columns, 0.9, 7), strict=True)):
         process.update(k, fast_xp.array(X), None)
         error = np.linalg.norm(fast_xp.numpy(process.estimate.lowrank.dense()) - M)
@@ -222,7 +222,7 @@ def test_bkfac_never_allocates_a_d_by_d_array():
     rng = np.random.default_rng(0)
     columns = [rng.standard_normal((d, n), dtype=np.float32) for _ in range(4)]
     columns.append(np.repeat(columns[0][:, :1], n, axis=1) + 1e-3 * columns[1])  # takes the second Gram step
-    process = Brand(r, rho=0.95)
+    process = Brand(rank=r, rho=0.95)
     tracemalloc.start()
     try:
         for k, X in enumerate(columns):

@@ -8,14 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kfacerr.algorithms import Settings, make_process
 from kfacerr.certificate import Certificate
-from kfacerr.exceptions import InputError
+from kfacerr.ea import EAFactor
 from kfacerr.frequent_directions import FrequentDirections
 from kfacerr.lowrank import LowRank
-from kfacerr.process import EAFactor
-from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd, Sketch
-from kfacerr.rsvd import nystrom, rsvd, srevd
+from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
 from tests.conftest import Backend
 from tests.strategies import generators, orthogonal, rhos, spectrum, stream, streams
 
@@ -23,20 +20,17 @@ NUMPY = Backend("numpy", np)
 DTYPES = pytest.mark.parametrize("dtype", [np.float64, np.float32])
 
 
-def sketch(method=rsvd, seed=0) -> Sketch:
-    """A rough sketch: its projection error is large."""
-    return Sketch(np.random.default_rng(seed), 1, 0, method)
-
+ROUGH = {"oversampling": 1, "n_pwr_it": 0}  # a sketch whose projection error is large
 
 CERTIFIED = {
-    "B-KFAC": lambda r, rho: Brand(r, rho=rho),
-    "B-KFAC accumulate": lambda r, rho: Brand(r, rho=rho, T_brand=2, accumulate=True),
-    "B-R-KFAC": lambda r, rho: BrandRsvd(r, sketch(), rho=rho, T_rsvd=3),
-    "B-R-KFAC Nyström": lambda r, rho: BrandRsvd(r, sketch(nystrom), rho=rho, T_rsvd=3),
-    "R-KFAC": lambda r, rho: Rsvd(r, sketch(), T_inv=1),
-    "R-KFAC Nyström": lambda r, rho: Rsvd(r, sketch(nystrom), T_inv=1),
+    "B-KFAC": lambda r, rho: Brand(rank=r, rho=rho),
+    "B-KFAC accumulate": lambda r, rho: Brand(rank=r, rho=rho, T_brand=2, accumulate=True),
+    "B-R-KFAC": lambda r, rho: BrandRsvd(rank=r, **ROUGH, rho=rho, T_rsvd=3),
+    "B-R-KFAC Nyström": lambda r, rho: BrandRsvd(rank=r, **ROUGH, sketch="nystrom", rho=rho, T_rsvd=3),
+    "R-KFAC": lambda r, rho: Rsvd(rank=r, **ROUGH, T_inv=1),
+    "R-KFAC Nyström": lambda r, rho: Rsvd(rank=r, **ROUGH, sketch="nystrom", T_inv=1),
     "K-FAC": lambda r, rho: Evd(T_inv=1),
-    "FD": lambda r, rho: FrequentDirections(r, rho=rho),
+    "FD": lambda r, rho: FrequentDirections(rank=r, rho=rho),
 }
 
 
@@ -125,7 +119,7 @@ def test_what_an_evd_of_hundreds_of_modes_rounds_is_allowed_for(n, r):
     d, most = 600, 0.0
     root = orthogonal(np.random.default_rng(0), d) * 0.85 ** np.arange(d)
     columns = (root @ np.random.default_rng(k).standard_normal((d, n)) for k in range(2))
-    for _, M, process in run(Brand(r, rho=0.95), columns, 0.95, NUMPY):
+    for _, M, process in run(Brand(rank=r, rho=0.95), columns, 0.95, NUMPY):
         certificate = process.certificate
         E = np.linalg.eigvalsh(M - dense(process.estimate.lowrank, NUMPY))
         error = abs(np.abs(E).sum() - float(certificate.nuclear)) / float(certificate.rounding)
@@ -149,7 +143,7 @@ def test_the_recursions_of_the_design_are_never_better():
     columns = stream(np.random.default_rng(6), d=30, n=3, steps=40, decay="slow decay")
     e = s = 0.0
     discarded = np.zeros(1)
-    for k, _, process in run(Brand(6, rho=0.9), columns, 0.9, NUMPY):
+    for k, _, process in run(Brand(rank=6, rho=0.9), columns, 0.9, NUMPY):
         if k:
             # A rounding of each step's bound is not a rounding of the matrices: relative to the bound itself.
             e, s = 0.9 * (e + np.linalg.norm(discarded)), 0.9 * (s + discarded.max(initial=0.0))
@@ -233,7 +227,7 @@ def test_disjoint_discarded_directions_make_the_brand_recursion_sharp():
     """A direction that is discarded once, with nothing else: F = s = N, decaying as rho^j."""
     e = np.eye(4)
     columns = [e[:, :2] * [2.0, 1.0], *[2 * e[:, :1]] * 5]
-    for k, _, process in run(Brand(1, rho=0.5), columns, 0.5, NUMPY):
+    for k, _, process in run(Brand(rank=1, rho=0.5), columns, 0.5, NUMPY):
         c = process.certificate
         expected = 0.5**k if k else 0.0
         for value in (c.nuclear, c.frobenius, c.spectral):
@@ -243,7 +237,7 @@ def test_disjoint_discarded_directions_make_the_brand_recursion_sharp():
 @given(rng=generators, phi=st.sampled_from([0.01, 0.1, 1.0]))
 def test_the_relative_bound_bounds_metric_1(rng, phi):
     columns = stream(rng, d=20, n=3, steps=6)
-    *_, (_, M, process) = run(Brand(6, rho=0.9), columns, 0.9, NUMPY)
+    *_, (_, M, process) = run(Brand(rank=6, rho=0.9), columns, 0.9, NUMPY)
     lam = phi * np.linalg.norm(M, 2)
     low = process.estimate.lowrank
     R = np.linalg.inv(M + lam * np.eye(20))
@@ -259,14 +253,13 @@ def test_the_relative_bound_bounds_metric_1(rng, phi):
 @pytest.mark.parametrize(
     ("process", "steps", "why"),
     [
-        (Rsvd(3, sketch(), T_inv=9), 2, "stale"),
+        (Rsvd(rank=3, **ROUGH, T_inv=9), 2, "stale"),
         (Evd(T_inv=9), 2, "stale"),
-        (Rsvd(3, sketch(srevd), T_inv=1), 1, "projection error"),
-        (BrandRsvd(3, sketch(srevd), rho=0.9, T_rsvd=1), 3, "projection error"),
-        (BrandRsvd(3, sketch(lambda M, r, **_: rsvd(M, r, **_)), rho=0.9, T_rsvd=1), 3, "none of RS and Nyström"),
-        (BrandCorrected(3, rho=0.9, T_corct=9, phi_corct=1.0, rng=np.random.default_rng(0)), 3, "corrected"),
-        (Brand(3, rho=0.9, T_brand=2), 2, "dropped"),
-        (Brand(3, rho=0.9, T_brand=2), 3, "dropped"),
+        (Rsvd(rank=3, **ROUGH, sketch="sre", T_inv=1), 1, "projection error"),
+        (BrandRsvd(rank=3, **ROUGH, sketch="sre", rho=0.9, T_rsvd=1), 3, "projection error"),
+        (BrandCorrected(rank=3, rho=0.9, T_corct=9, phi_corct=1.0), 3, "corrected"),
+        (Brand(rank=3, rho=0.9, T_brand=2), 2, "dropped"),
+        (Brand(rank=3, rho=0.9, T_brand=2), 3, "dropped"),
     ],
 )
 def test_where_theory_does_not_allow_one_it_is_none_and_says_why(process, steps, why):
@@ -281,9 +274,9 @@ def test_the_order_does_fail_there():
     """SRE, a correction and a stale estimate each leave an indefinite error: the None is needed."""
     columns = stream(np.random.default_rng(2), d=20, n=3, steps=8, decay="slow decay")
     for process in (
-        Rsvd(4, sketch(srevd), T_inv=1),
-        Rsvd(4, sketch(), T_inv=9),
-        BrandCorrected(4, rho=0.9, T_corct=4, phi_corct=0.5, rng=np.random.default_rng(0)),
+        Rsvd(rank=4, **ROUGH, sketch="sre", T_inv=1),
+        Rsvd(rank=4, **ROUGH, T_inv=9),
+        BrandCorrected(rank=4, rho=0.9, T_corct=4, phi_corct=0.5),
     ):
         *_, (_, M, _) = run(process, columns, 0.9, NUMPY)
         E = M - dense(process.estimate.lowrank, NUMPY)
@@ -291,22 +284,21 @@ def test_the_order_does_fail_there():
 
 
 def test_an_sre_sketch_that_covers_the_space_is_certified():
-    process = Rsvd(3, Sketch(np.random.default_rng(0), 99, 0, srevd), T_inv=1)
+    process = Rsvd(rank=3, oversampling=99, n_pwr_it=0, sketch="sre", seed=0, T_inv=1)
     *_, (_, M, _) = run(process, stream(np.random.default_rng(1), d=9, n=2, steps=4), 0.9, NUMPY)
     assert_holds(process.certificate, M - dense(process.estimate.lowrank, NUMPY), M)
 
 
 def test_a_correction_of_no_mode_is_none():
     """round(0.5 * 1) = 0 modes: the estimate is B-KFAC's, and so is its certificate."""
-    process = BrandCorrected(1, rho=0.9, T_corct=1, phi_corct=0.5, rng=np.random.default_rng(0))
+    process = BrandCorrected(rank=1, rho=0.9, T_corct=1, phi_corct=0.5)
     columns = stream(np.random.default_rng(1), d=12, n=2, steps=4, decay="slow decay")
     *_, (_, M, _) = run(process, columns, 0.9, NUMPY)
-    assert process.taken == 0
     assert_holds(process.certificate, M - dense(process.estimate.lowrank, NUMPY), M)
 
 
 def test_an_overwriting_restores_a_lost_certificate():
-    process = BrandRsvd(3, sketch(), rho=0.9, T_rsvd=4, T_brand=2)
+    process = BrandRsvd(rank=3, **ROUGH, rho=0.9, T_rsvd=4, T_brand=2)
     columns = stream(np.random.default_rng(1), d=12, n=2, steps=9, decay="slow decay")
     found = [p.certificate is not None for _, _, p in run(process, columns, 0.9, NUMPY)]
     assert found == [k % 4 == 0 for k in range(9)]
@@ -328,118 +320,5 @@ def test_a_certificate_is_saved_and_loaded(name):
         process.update(k, X, factor)
         if k >= 5:
             resumed.update(k, X, factor)
-    assert resumed.uncertified == process.uncertified and resumed.taken == process.taken
+    assert resumed.uncertified == process.uncertified
     assert vars(resumed.certificate) == vars(process.certificate)
-
-
-def test_a_state_saved_before_there_were_certificates_can_be_loaded():
-    process = Brand(3, rho=0.9)
-    process.update(0, np.eye(4)[:, :2], None)
-    state = process.state_dict()
-    del state["certificate"], state["taken"], state["estimate"]["level"]
-    process.load_state_dict(state)
-    assert process.certificate is None and "saved without" in process.uncertified
-
-
-# ------------------------------------------------------------------------------------------------- adaptive
-
-
-def calm_then_new(rng, d=40, n=4, steps=90, change=60):
-    """Columns of one covariance, then of another in a new basis."""
-    first = stream(rng, d=d, n=n, steps=change, decay="fast decay")
-    return first + stream(rng, d=d, n=n, steps=steps - change, decay="fast decay")
-
-
-@pytest.mark.parametrize("name", ["B-R-KFAC adaptive=3", "R-KFAC adaptive=10"])
-def test_adaptive_rsvds_come_when_the_covariance_changes(name):
-    process = make_process(name, Settings(rank=8, rho=0.9), "A")
-    taken = [p.taken for *_, p in run(process, calm_then_new(np.random.default_rng(0)), 0.9, NUMPY)]
-    assert taken[-1] < 45, "it does not take one at every step"
-    quiet, busy = taken[59] - taken[39], taken[79] - taken[59]
-    assert busy > quiet
-
-
-def test_adaptive_overwriting_keeps_the_certified_error_within_its_factor():
-    """The truncation that starts a Brand update is never worse than `adaptive` times the last optimal one."""
-    process = make_process("B-R-KFAC adaptive=2 sketch=nystrom", Settings(rank=6, rho=0.9), "A")
-    columns = stream(np.random.default_rng(1), d=40, n=4, steps=60, decay="slow decay")
-    fresh, before = None, 0
-    for _, M, p in run(process, columns, 0.9, NUMPY):
-        if p.taken > before or fresh is None:
-            fresh, before = p._fresh, p.taken
-        error = np.linalg.norm(M - dense(p.estimate.lowrank, NUMPY), "nuc") / np.trace(M)
-        assert fresh is None or error <= 2 * fresh
-    assert 0 < process.taken < 60
-
-
-def test_adaptive_r_kfac_never_fires_falsely():
-    """The criterion is a lower bound of the true nuclear error, so at each RSVD that had grown by the factor."""
-    process = Rsvd(5, sketch(), T_inv=10**9, adaptive=2.0)
-    factor, columns = EAFactor(0.9), stream(np.random.default_rng(2), d=30, n=3, steps=60, decay="slow decay")
-    fired = 0
-    for k, X in enumerate(columns):
-        held, fresh, before = process.estimate, process._fresh, process.taken
-        factor.update(X)
-        process.update(k, X, factor)
-        if held is not None and process.taken > before:
-            fired += 1
-            true = np.linalg.norm(factor.M - held.lowrank.dense(), "nuc")
-            assert true > 2 * fresh * np.trace(factor.M) * (1 - 1e-12)
-    assert 0 < fired < 30
-
-
-def test_an_adaptive_process_resumes_alike():
-    columns = stream(np.random.default_rng(3), d=30, n=3, steps=40, decay="slow decay")
-    for name in ("B-R-KFAC adaptive=1.5", "R-KFAC adaptive=2"):
-        whole, resumed = (make_process(name, Settings(rank=5, rho=0.9), "A") for _ in range(2))
-        factor = EAFactor(0.9)
-        for k, X in enumerate(columns):
-            if k == 20:
-                resumed.load_state_dict(pickle.loads(pickle.dumps(whole.state_dict())))
-            active = [whole, resumed] if k >= 20 else [whole]
-            for process in active:
-                process.begin(k, factor)
-            factor.update(X)
-            for process in active:
-                process.update(k, X, factor)
-        assert whole.taken == resumed.taken > 1
-        assert np.array_equal(whole.estimate.lowrank.dense(), resumed.estimate.lowrank.dense())
-
-
-def test_rsvds_are_counted():
-    columns = stream(np.random.default_rng(0), d=12, n=2, steps=10)
-    for process, expected in (
-        (Rsvd(3, sketch(), T_inv=5), 2),
-        (BrandRsvd(3, sketch(), rho=0.9, T_rsvd=3), 3),  # none at k = 0: there is no M yet
-        (Brand(3, rho=0.9), 0),
-        (Evd(T_inv=1), 10),
-    ):
-        *_, (_, _, process) = run(process, columns, 0.9, NUMPY)
-        assert process.taken == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("B-R-KFAC sketch=qr", "rs, sre, nystrom"),
-        ("B-R-KFAC adaptive=1", "exceed 1"),
-        ("R-KFAC adaptive=0.5", "exceed 1"),
-        ("B-R-KFAC adaptive=2 sketch=sre", "certifies"),
-        ("R-KFAC adaptive=2 sketch=sre", "certifies"),
-        ("B-R-KFAC adaptive=2 T_brand=10", "T_brand=1"),
-        ("B-KFAC adaptive=2", "'adaptive' is not one of"),
-    ],
-)
-def test_settings_that_certify_nothing_are_refused(name, message):
-    with pytest.raises(InputError, match=message):
-        make_process(name, Settings(rank=3), "A")
-
-
-def test_names_choose_sketches_and_periods():
-    settings = Settings(rank=3)
-    assert make_process("R-KFAC sketch=nystrom", settings, "A").sketch.method is nystrom
-    assert make_process("B-R-KFAC sketch=sre", settings, "A").sketch.method is srevd
-    assert make_process("B-R-KFAC", settings, "A").T_rsvd.period == 50
-    assert make_process("R-KFAC", settings, "A").T_inv.period == 50
-    assert make_process("R-KFAC adaptive=2", settings, "A").T_inv.period > 1e9
-    assert make_process("B-R-KFAC adaptive=2 T_rsvd=70", settings, "A").T_rsvd.period == 70

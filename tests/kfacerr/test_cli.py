@@ -358,7 +358,10 @@ def _fails(capsys, recording, out, *options, **changes) -> str:
         ({"--algorithms": "SENG"}, "algorithm 'SENG': 'SENG' is not one of K-FAC, R-KFAC"),
         ({"--algorithms": "B-KFAC T_inv=5"}, "algorithm 'B-KFAC T_inv=5': 'T_inv' is not one of "),
         ({"--algorithms": "R-KFAC rank=x"}, "algorithm 'R-KFAC rank=x': rank has no value 'x'"),
-        ({"--algorithms": "R-KFAC T_inv=0"}, "algorithm 'R-KFAC T_inv=0': T_inv must be positive"),
+        (
+            {"--algorithms": "R-KFAC T_inv=0"},
+            "algorithm 'R-KFAC T_inv=0': T_inv must be a whole number of at least 1",
+        ),
         ({"--algorithms": "B-KFAC-C phi_corct=2"}, "2.0"),
         ({"--algorithms": ""}, "algorithm ''"),
         ({"--plot": "errors.xyz"}, "errors.xyz: a figure's name must end in .pdf, .png, .svg"),

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kfacerr.algorithms import Settings, make_process
+from kfacerr.algorithms import Algorithm
+from kfacerr.ea import EAFactor
 from kfacerr.exceptions import InputError
 from kfacerr.frequent_directions import FrequentDirections
 from kfacerr.inverse import damped_inverse
-from kfacerr.process import EAFactor
+from kfacerr.process import Settings
 from kfacerr.processes import Brand
 from kfacerr.stream import Step, Window
 from kfacerr.study import ErrorStudy
@@ -51,7 +52,7 @@ def naive(columns, rho, r):
 def test_the_guarantee(dtype, columns, rho, r, xp):
     """0 <= M - M~ <= mu I, also as M~ + mu I >= M, and mu <= tail_j/(r + 1 - j) for all j <= r."""
     columns = [X.astype(dtype) for X in columns]
-    for M, estimate, mass, process in run(FrequentDirections(r, rho=rho), columns, rho, xp):
+    for M, estimate, mass, process in run(FrequentDirections(rank=r, rho=rho), columns, rho, xp):
         slack = float(process.certificate.rounding)
         w = np.linalg.eigvalsh(M - estimate)
         assert -slack <= w[0] and w[-1] <= mass + slack
@@ -64,7 +65,7 @@ def test_the_guarantee(dtype, columns, rho, r, xp):
 
 @given(columns=streams(kinds=("plain", "zero", "repeated", "huge")), rho=rhos, r=st.integers(1, 6))
 def test_it_is_the_dense_recursion(xp, columns, rho, r):
-    steps = zip(run(FrequentDirections(r, rho=rho), columns, rho, xp), naive(columns, rho, r), strict=True)
+    steps = zip(run(FrequentDirections(rank=r, rho=rho), columns, rho, xp), naive(columns, rho, r), strict=True)
     for (M, estimate, mass, _), (expected, escaped) in steps:
         assert np.linalg.norm(estimate - expected) <= 1e-11 * np.linalg.norm(M)
         assert abs(mass - escaped) <= 1e-11 * np.linalg.norm(M)
@@ -73,7 +74,7 @@ def test_it_is_the_dense_recursion(xp, columns, rho, r):
 def test_the_mass_is_attained():
     """One direction after another: what is shrunk off is missing in all of them alike."""
     columns = [np.eye(3)]
-    *_, last = run(FrequentDirections(2, rho=0.5), [*columns, np.zeros((3, 1))], 0.5, NUMPY)
+    *_, last = run(FrequentDirections(rank=2, rho=0.5), [*columns, np.zeros((3, 1))], 0.5, NUMPY)
     M, estimate, mass, _ = last
     assert mass == pytest.approx(0.5) and np.linalg.eigvalsh(M - estimate) == pytest.approx(0.5)
 
@@ -82,13 +83,13 @@ def test_a_stream_of_rank_at_most_r_loses_nothing():
     rng = np.random.default_rng(0)
     Q = np.linalg.qr(rng.standard_normal((20, 4)))[0]
     columns = [Q @ rng.standard_normal((4, 3)) for _ in range(30)]
-    for M, estimate, mass, _ in run(FrequentDirections(4, rho=0.9), columns, 0.9, NUMPY):
+    for M, estimate, mass, _ in run(FrequentDirections(rank=4, rho=0.9), columns, 0.9, NUMPY):
         assert mass <= 1e-14 * np.trace(M) and np.linalg.norm(M - estimate) <= 1e-12 * np.linalg.norm(M)
 
 
 def test_the_escaped_continuation_inverts_the_corrected_estimate(xp):
     columns = stream(np.random.default_rng(1), d=14, n=2, steps=8, decay="slow decay")
-    *_, (M, estimate, mass, process) = run(FrequentDirections(4, rho=0.9), columns, 0.9, xp)
+    *_, (M, estimate, mass, process) = run(FrequentDirections(rank=4, rho=0.9), columns, 0.9, xp)
     held = process.estimate
     inverse = damped_inverse(held.lowrank, phi=0.1, continuation="escaped", trace=held.trace, level=held.level)
     lam = 0.1 * float(held.lowrank.lambda_max)
@@ -103,14 +104,14 @@ def test_the_escaped_continuation_inverts_the_corrected_estimate(xp):
 def test_the_error_study_takes_it_by_name():
     columns = stream(np.random.default_rng(1), d=14, n=2, steps=8, decay="slow decay")
     for kind in ("escaped", "trace", "min"):
-        study = ErrorStudy(("FD", "FD rank=6"), Settings(rank=3), [Window(4, 4, 0)], continuations=(kind,))
+        study = ErrorStudy(("FD", "FD rank=6"), Settings(rank=3, continuation=kind), [Window(4, 4, 0)])
         rows = [row for k, X in enumerate(columns) for row in study.push(Step(k, X, X))]
         assert len(rows) == 2 * 4 * 4 and all(np.isfinite(row.value) for row in rows)
 
 
 def test_a_saved_one_goes_on_alike():
     columns = stream(np.random.default_rng(1), d=14, n=2, steps=8, decay="slow decay")
-    whole, resumed = (make_process("FD", Settings(rank=3), "A") for _ in range(2))
+    whole, resumed = (Algorithm.parse("FD").process(Settings(rank=3), "A") for _ in range(2))
     resumed.load_state_dict(whole.state_dict())  # before the first columns
     for k, X in enumerate(columns):
         if k == 4:

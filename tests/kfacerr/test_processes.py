@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kfacerr.ea import EAFactor
 from kfacerr.exceptions import InputError
-from kfacerr.process import Clock, EAFactor
-from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd, Sketch
-from kfacerr.rsvd import srevd
+from kfacerr.process import Clock
+from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
 from tests import reference
 from tests.strategies import generators, rhos, stream, streams
 
@@ -25,11 +25,6 @@ def run(process, columns, rho, xp, steps=None):
         factor.update(X)
         process.update(k, X, factor)
         yield k, xp.numpy(factor.M), process.estimate
-
-
-def exact_sketch(seed=0) -> Sketch:
-    """An RSVD that covers the space: the exact truncation of (9)."""
-    return Sketch(np.random.default_rng(seed), oversampling=10**6)
 
 
 def relative(estimate, expected, xp) -> float:
@@ -53,7 +48,7 @@ def test_bkfac_is_process_10(xp, columns, rho, r):
     expected = reference.bkfac(columns, rho, r)
     d, n = columns[0].shape
     traces = []
-    for (k, M, estimate), M_B in zip(run(Brand(r, rho=rho), columns, rho, xp), expected, strict=True):
+    for (k, M, estimate), M_B in zip(run(Brand(rank=r, rho=rho), columns, rho, xp), expected, strict=True):
         assert relative(estimate, M_B, xp) <= 1e-10
         assert estimate.lowrank.m <= min(d, max(n, min(r, d) + n))
         assert float(estimate.trace) == pytest.approx(np.trace(M), rel=1e-12)
@@ -66,7 +61,7 @@ def test_bkfac_is_process_10(xp, columns, rho, r):
 @given(columns=streams(kinds=("plain", "zero", "repeated", "huge")), rho=rhos, r=st.integers(1, 6))
 def test_rkfac_is_process_9_at_its_update_and_stale_after(xp, columns, rho, r):
     held = None
-    for k, _, estimate in run(Rsvd(r, exact_sketch(), T_inv=3), columns, rho, xp):
+    for k, _, estimate in run(Rsvd(rank=r, oversampling=10**6, T_inv=3), columns, rho, xp):
         if k % 3 == 0:
             held = reference.rkfac(columns[: k + 1], rho, r)
             trace = np.trace(reference.ea_factor(columns[: k + 1], rho))
@@ -87,7 +82,7 @@ def test_kfac_is_the_exact_factor_at_its_update(xp, columns, rho):
 def test_brkfac_overwrites_b_of_the_factor_before_the_new_columns(xp, columns, rho, r):
     """Algorithm 5: at k = 0, 3, 6 B_{k-1} is the RSVD of M_{k-1}; then the Brand update with X_k (design §4)."""
     held = None
-    for k, _, estimate in run(BrandRsvd(r, exact_sketch(), rho=rho, T_rsvd=3), columns, rho, xp):
+    for k, _, estimate in run(BrandRsvd(rank=r, oversampling=10**6, rho=rho, T_rsvd=3), columns, rho, xp):
         X = columns[k]
         if k == 0:
             held = X @ X.T
@@ -100,8 +95,8 @@ def test_brkfac_overwrites_b_of_the_factor_before_the_new_columns(xp, columns, r
 @given(columns=streams(kinds=("plain", "huge")), rho=rhos, r=st.integers(1, 6), seed=st.integers(0, 99))
 def test_bkfacc_is_algorithm_6_on_the_brand_update(xp, columns, rho, r, seed):
     """The columns drawn are those of the same seed; n_crc = round(phi_crc r)."""
-    process = BrandCorrected(r, rho=rho, T_corct=2, phi_corct=0.5, rng=np.random.default_rng(seed))
-    shadow, draws, factor = Brand(r, rho=rho), np.random.default_rng(seed), EAFactor(rho)
+    process = BrandCorrected(rank=r, rho=rho, T_corct=2, phi_corct=0.5, rng=np.random.default_rng(seed))
+    shadow, draws, factor = Brand(rank=r, rho=rho), np.random.default_rng(seed), EAFactor(rho)
     for k, X in enumerate(map(xp.array, columns)):
         shadow.estimate = process.estimate
         factor.update(X)
@@ -123,7 +118,7 @@ def test_a_stream_of_rank_at_most_r_is_followed_exactly(fast_xp):
     rng = np.random.default_rng(0)
     Q = np.linalg.qr(rng.standard_normal((20, 4)))[0]
     columns = [Q @ rng.standard_normal((4, 3)) for _ in range(40)]
-    for _, M, estimate in run(Brand(4, rho=0.9), columns, 0.9, fast_xp):
+    for _, M, estimate in run(Brand(rank=4, rho=0.9), columns, 0.9, fast_xp):
         assert relative(estimate, M, fast_xp) <= 1e-12
 
 
@@ -156,8 +151,8 @@ def test_a_refresh_takes_the_heavy_update_and_the_clock_knows(xp):
         factor.update(xp.array(X))
     for process in (
         Evd(T_inv=5),
-        Rsvd(3, exact_sketch(), T_inv=5),
-        BrandRsvd(3, exact_sketch(), rho=0.9, T_rsvd=5),
+        Rsvd(rank=3, oversampling=10**6, T_inv=5),
+        BrandRsvd(rank=3, oversampling=10**6, rho=0.9, T_rsvd=5),
     ):
         process.restart(10)
         process.refresh(10, factor)
@@ -178,11 +173,13 @@ def test_a_refresh_takes_the_heavy_update_and_the_clock_knows(xp):
 def _processes(seed):
     return {
         "Evd": Evd(T_inv=3),
-        "Rsvd": Rsvd(3, Sketch(np.random.default_rng(seed), 2, 1), T_inv=2),
-        "SRE": Rsvd(3, Sketch(np.random.default_rng(seed), 2, 1, srevd), T_inv=2),
-        "Brand": Brand(3, rho=0.9),
-        "BrandRsvd": BrandRsvd(3, Sketch(np.random.default_rng(seed), 2, 1), rho=0.9, T_rsvd=3),
-        "BrandCorrected": BrandCorrected(3, rho=0.9, T_corct=2, phi_corct=0.5, rng=np.random.default_rng(seed)),
+        "Rsvd": Rsvd(rank=3, oversampling=2, n_pwr_it=1, seed=seed, T_inv=2),
+        "SRE": Rsvd(rank=3, oversampling=2, n_pwr_it=1, sketch="sre", seed=seed, T_inv=2),
+        "Brand": Brand(rank=3, rho=0.9),
+        "BrandRsvd": BrandRsvd(rank=3, oversampling=2, n_pwr_it=1, seed=seed, rho=0.9, T_rsvd=3),
+        "BrandCorrected": BrandCorrected(
+            rank=3, rho=0.9, T_corct=2, phi_corct=0.5, rng=np.random.default_rng(seed)
+        ),
     }
 
 
@@ -223,19 +220,18 @@ def test_a_process_saved_before_its_first_update_can_be_loaded():
 
 
 def test_bad_settings_are_refused():
-    rng = np.random.default_rng(0)
     for rho in (0.0, 1.0, -0.1, float("nan")):
         with pytest.raises(InputError, match="rho"):
             EAFactor(rho)
         with pytest.raises(InputError, match="rho"):
-            Brand(3, rho=rho)
+            Brand(rank=3, rho=rho)
     with pytest.raises(InputError, match="rank"):
-        Brand(0, rho=0.9)
-    with pytest.raises(InputError, match="period"):
+        Brand(rank=0, rho=0.9)
+    with pytest.raises(InputError, match="T_inv"):
         Evd(T_inv=0)
     for phi in (0.0, 1.5):
         with pytest.raises(InputError, match="phi_corct"):
-            BrandCorrected(3, rho=0.9, T_corct=5, phi_corct=phi, rng=rng)
+            BrandCorrected(rank=3, rho=0.9, T_corct=5, phi_corct=phi)
 
 
 @given(rng=generators)
@@ -251,14 +247,14 @@ def test_columns_of_another_shape_or_dtype_are_refused(xp, rng):
 def test_batches_between_brand_updates_are_dropped(xp, columns, rho, r, period):
     """The paper's schedule: the process (10) of every period-th batch, stale in between."""
     expected = reference.bkfac(columns[::period], rho, r)
-    for k, _, estimate in run(Brand(r, rho=rho, T_brand=period), columns, rho, xp):
+    for k, _, estimate in run(Brand(rank=r, rho=rho, T_brand=period), columns, rho, xp):
         assert relative(estimate, expected[k // period], xp) <= 1e-10
 
 
 @given(columns=streams(kinds=("plain", "huge")), rho=rhos, r=st.integers(1, 6), period=st.integers(1, 4))
 def test_accumulated_batches_enter_with_the_weights_of_the_ea_factor(xp, columns, rho, r, period):
     held = columns[0] @ columns[0].T
-    for k, M, estimate in run(Brand(r, rho=rho, T_brand=period, accumulate=True), columns, rho, xp):
+    for k, M, estimate in run(Brand(rank=r, rho=rho, T_brand=period, accumulate=True), columns, rho, xp):
         if k and k % period == 0:
             held = rho**period * reference.projected(held, r)
             for j in range(period):
@@ -272,8 +268,8 @@ def test_accumulated_batches_enter_with_the_weights_of_the_ea_factor(xp, columns
 @pytest.mark.parametrize("stop", [1, 2, 4, 6])
 def test_waiting_columns_survive_a_resume(stop):
     columns = stream(np.random.default_rng(8), d=12, n=2, steps=9, decay="slow decay")
-    whole = Brand(3, rho=0.9, T_brand=4, accumulate=True)
-    resumed = Brand(3, rho=0.9, T_brand=4, accumulate=True)
+    whole = Brand(rank=3, rho=0.9, T_brand=4, accumulate=True)
+    resumed = Brand(rank=3, rho=0.9, T_brand=4, accumulate=True)
     for k, X in enumerate(columns):
         if k == stop:
             resumed.load_state_dict(pickle.loads(pickle.dumps(whole.state_dict())))

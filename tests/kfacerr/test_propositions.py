@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from kfacerr import propositions
 from kfacerr.array import device_array, to_numpy
 from kfacerr.correction import correct
+from kfacerr.ea import EAFactor
 from kfacerr.exceptions import InputError
 from kfacerr.lowrank import LowRank
-from kfacerr.process import EAFactor, Process
-from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd, Sketch
+from kfacerr.process import Process
+from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
 from kfacerr.propositions import Identity, Inequality, Psd, norms, trajectory
 from kfacerr.rsvd import rsvd, srevd
 
@@ -397,7 +398,7 @@ def run(process: Process, columns, rho: float):
 @given(streams(kinds=("numpy float64", "numpy float32", "torch float64"), min_steps=2), st.data())
 def test_footnote_11_correction_removes_exactly_one_block(stream, data):
     columns, r, rho = stream
-    for M, X in run(Brand(r, rho=rho), columns, rho):
+    for M, X in run(Brand(rank=r, rho=rho), columns, rho):
         alive = np.flatnonzero(to_numpy(X.D) > 0)
         if len(alive) == 0:
             continue
@@ -433,8 +434,8 @@ def test_correction_breaks_psd_inside_algorithm_7():
     """The same in a run of B-KFAC-C, against the B-KFAC that it corrects."""
     rng = np.random.default_rng(0)
     columns = [rng.standard_normal((6, 2)) for _ in range(6)]
-    corrected = BrandCorrected(2, rho=0.8, T_corct=5, phi_corct=0.5, rng=np.random.default_rng(0))
-    pure = Brand(2, rho=0.8)
+    corrected = BrandCorrected(rank=2, rho=0.8, T_corct=5, phi_corct=0.5)
+    pure = Brand(rank=2, rho=0.8)
     (M, after), (_, before) = list(run(corrected, columns, 0.8))[-1], list(run(pure, columns, 0.8))[-1]
     size = norms(M)["spectral"]
     assert Psd("", M - before.dense(), size).holds()
@@ -478,8 +479,8 @@ def test_sre_rsvd_breaks_psd_where_rs_keeps_it():
 @given(streams(kinds=("numpy float64", "numpy float32"), min_steps=3), st.integers(0, 99))
 def test_prop_3_2_order_survives_overwriting_by_an_inexact_rs_rsvd(stream, seed):
     columns, r, rho = stream
-    sketch = Sketch(np.random.default_rng(seed), oversampling=0, n_pwr_it=0)
-    for M, X in run(BrandRsvd(r, sketch, rho=rho, T_rsvd=2), columns, rho):
+    process = BrandRsvd(rank=r, oversampling=0, n_pwr_it=0, seed=seed, rho=rho, T_rsvd=2)
+    for M, X in run(process, columns, rho):
         size = norms(M)["spectral"]
         assert Psd("", M - X.dense(), size, unit=propositions.eps(M)).holds()
 
@@ -506,15 +507,12 @@ def test_processes_are_the_trajectories(stream, period):
     assume(not tied(pure) and not tied(over))
     d = pure.d
 
-    def sketch() -> Sketch:
-        return Sketch(np.random.default_rng(0), oversampling=d)
-
     cases = [
         (Evd(T_inv=1), pure.M),
-        (Rsvd(r, sketch(), T_inv=1), pure.M_R),
-        (Rsvd(r, sketch(), T_inv=1000), [pure.M_R[0]] * steps),
-        (Brand(r, rho=rho), pure.M_B),
-        (BrandRsvd(r, sketch(), rho=rho, T_rsvd=period), over.M_B),
+        (Rsvd(rank=r, oversampling=d, T_inv=1), pure.M_R),
+        (Rsvd(rank=r, oversampling=d, T_inv=1000), [pure.M_R[0]] * steps),
+        (Brand(rank=r, rho=rho), pure.M_B),
+        (BrandRsvd(rank=r, oversampling=d, rho=rho, T_rsvd=period), over.M_B),
     ]
     for process, expected in cases:
         for k, (M, X) in enumerate(run(process, columns, rho)):

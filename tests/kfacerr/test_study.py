@@ -2,15 +2,16 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from kfacerr.algorithms import SEVEN, Settings, make_process
+from kfacerr.algorithms import SEVEN, Algorithm
 from kfacerr.array import device_array
 from kfacerr.exceptions import InputError
 from kfacerr.lowrank import LowRank
-from kfacerr.process import Estimate, Process
+from kfacerr.process import Estimate, Process, Settings
 from kfacerr.stream import Step, Window
 from kfacerr.study import ErrorStudy, by_window, table
 from tests import reference
@@ -56,7 +57,9 @@ def assert_rows_are(rows, expected):
 @pytest.mark.parametrize("continuation", ["min", "trace", "none"])
 @pytest.mark.parametrize("damping", ["own", "common"])
 def test_deterministic_algorithms_give_the_dense_evaluation(fast_xp, continuation, damping):
-    study = ErrorStudy(list(DETERMINISTIC), EXACT, WINDOWS, phi=PHI, continuations=[continuation], damping=damping)
+    study = ErrorStudy(
+        list(DETERMINISTIC), replace(EXACT, continuation=continuation), WINDOWS, phi=PHI, damping=damping
+    )
     expected = reference.replay_reference(
         make_steps(),
         WINDOWS,
@@ -114,14 +117,31 @@ def test_windows_of_one_epoch_are_told_apart():
     assert [label for label, _ in by_window(table(rows))] == ["epoch 1"]  # as earlier versions wrote it
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("exponents", [(40, -60), (-100, 90), (3, 0)])
+def test_the_scale_of_the_columns_changes_no_row(fast_xp, dtype, exponents):
+    """In float32 the squares of columns times 2^90 are beyond its range."""
+
+    def rows(a, g):
+        steps = [
+            s._replace(A=fast_xp.array(np.ldexp(s.A, a), dtype), G=fast_xp.array(np.ldexp(s.G, g), dtype))
+            for s in make_steps()
+        ]
+        return rows_of(ErrorStudy(SEVEN, RANDOM, WINDOWS, phi=PHI), steps)
+
+    for one, other in zip(rows(*exponents), rows(0, 0), strict=True):
+        assert one[:3] == other[:3] and one.value == pytest.approx(other.value, rel=1e-12)
+
+
 def test_a_metric_that_is_not_finite_is_refused_by_name():
     study = ErrorStudy(["B-KFAC"], EXACT, [Window(0, 5)], phi=PHI)
-    huge = [s._replace(A=(1e30 * s.A).astype(np.float32), G=s.G.astype(np.float32)) for s in make_steps(last=5)]
+    steps = [s._replace(A=s.A.astype(np.float32), G=s.G.astype(np.float32)) for s in make_steps(last=5)]
+    study.push(steps[0])
     with (
-        pytest.raises(InputError, match=r"^iteration 0: .*(B-KFAC: \w+ is (inf|nan)|NaN or Inf)"),
+        pytest.raises(InputError, match=r"^iteration 1: .*(B-KFAC: \w+ is (inf|nan)|NaN or Inf)"),
         np.errstate(all="ignore"),
     ):
-        rows_of(study, huge)
+        study.push(steps[1]._replace(A=np.float32(1e30) * steps[1].A, update=True))
 
 
 def test_a_window_may_start_with_the_stream():
@@ -140,11 +160,28 @@ def test_odd_shapes_and_special_columns_give_the_dense_evaluation(n):
     kinds = ("plain", "zero", "repeated", "tiny")
     shapes = {"d_A": 14, "d_G": 8, "n": n, "kinds": kinds, "last": 50}
     windows = [Window(20, 25)]
-    study = ErrorStudy(list(DETERMINISTIC), EXACT, windows, phi=PHI, continuations=["trace"])
+    study = ErrorStudy(list(DETERMINISTIC), replace(EXACT, continuation="trace"), windows, phi=PHI)
     expected = reference.replay_reference(
         make_steps(**shapes), windows, DETERMINISTIC, rank=RANK, rho=RHO, phi=PHI, continuation="trace"
     )
     assert_rows_are(rows_of(study, make_steps(**shapes)), expected)
+
+
+@pytest.mark.parametrize("damping", ["own", "common"])
+def test_a_certified_bound_is_never_below_the_error_and_needs_none_of_the_reference(damping):
+    """Also with each method's own damping, and with every continuation."""
+    names = [f"{n} continuation={c}" for n in (*SEVEN, "FD") for c in ("none", "min", "trace")]
+    rows = rows_of(ErrorStudy(names, RANDOM, WINDOWS, phi=PHI, damping=damping, certify=True), make_steps())
+    values = {(row.algorithm, row.k, row.metric): row.value for row in rows}
+    bounds = {key: value for key, value in values.items() if key[2].startswith("certified")}
+    assert len(bounds) > 200
+    for (name, k, metric), bound in bounds.items():
+        error = values[name, k, metric.replace("certified", "inverse")]
+        assert error <= bound * (1 + 1e-9) + 1e-12, (name, k, metric)
+    assert any(
+        bound < 3 * values[name, k, metric.replace("certified", "inverse")]
+        for (name, k, metric), bound in bounds.items()
+    )
 
 
 @pytest.mark.parametrize("damping", ["own", "common"])
@@ -168,10 +205,18 @@ def test_kfac_measured_where_it_is_exact_has_no_error():
 
 def test_several_continuations_share_one_process_and_change_no_value():
     kinds = ["min", "trace", "none"]
-    together = rows_of(ErrorStudy(SEVEN, RANDOM, WINDOWS, phi=PHI, continuations=kinds), make_steps())
+    names = [f"{name} continuation={kind}" for name in SEVEN for kind in kinds]
+    study = ErrorStudy(names, RANDOM, WINDOWS, phi=PHI)
+    assert all(len(factor.processes) == 7 for factor in study.factors.values())
+    together = rows_of(study, make_steps())
     for kind in kinds:
-        alone = rows_of(ErrorStudy(SEVEN, RANDOM, WINDOWS, phi=PHI, continuations=[kind]), make_steps())
-        assert alone == [row for row in together if row.continuation == kind]
+        alone = rows_of(ErrorStudy(SEVEN, replace(RANDOM, continuation=kind), WINDOWS, phi=PHI), make_steps())
+        suffix = f" continuation={kind}"
+        assert alone == [
+            row._replace(algorithm=row.algorithm.removesuffix(suffix))
+            for row in together
+            if row.algorithm.endswith(suffix)
+        ]
 
 
 def test_there_is_a_row_for_every_algorithm_metric_and_iteration_in_the_windows():
@@ -209,7 +254,7 @@ class RunsThroughout(ErrorStudy):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        for process in self.processes:
+        for process in (p for factor in self.factors.values() for p in factor.processes.values()):
             process.forgets = False  # on the instance: run at every update; windows here start with one
 
 
@@ -229,7 +274,8 @@ def test_a_resumed_study_gives_the_same_rows(fast_xp, damping, stop):
     steps = make_steps(fast_xp)
 
     def make():
-        return ErrorStudy(SEVEN, RANDOM, WINDOWS, phi=PHI, damping=damping, continuations=["min", "trace"])
+        names = [*SEVEN, *(f"{name} continuation=trace" for name in SEVEN)]
+        return ErrorStudy(names, RANDOM, WINDOWS, phi=PHI, damping=damping)
 
     whole = rows_of(make(), steps)
     first = make()
@@ -271,7 +317,7 @@ class Diagonal(Process):
 def test_a_process_of_ones_own_is_measured_beside_the_others():
     pairs = {
         "mine": (Diagonal(), Diagonal()),
-        "B-KFAC": tuple(make_process("B-KFAC", RANDOM, side) for side in "AG"),
+        "B-KFAC": tuple(Algorithm.parse("B-KFAC").process(RANDOM, side) for side in "AG"),
     }
     rows = rows_of(ErrorStudy(pairs, RANDOM, WINDOWS, phi=PHI), make_steps())
     theirs = rows_of(ErrorStudy(["B-KFAC"], RANDOM, WINDOWS, phi=PHI), make_steps())
@@ -315,7 +361,7 @@ def test_steps_that_do_not_fit_are_refused_with_the_iteration():
 
 
 def test_bad_arguments_are_refused():
-    for keywords in ({"phi": 0.0}, {"phi": float("nan")}, {"damping": "none"}, {"continuations": ["max"]}):
+    for keywords in ({"phi": 0.0}, {"phi": float("nan")}, {"damping": "none"}):
         with pytest.raises(InputError):
             ErrorStudy(["B-KFAC"], RANDOM, WINDOWS, **keywords)
     with pytest.raises(InputError, match="overlap"):

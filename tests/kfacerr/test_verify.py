@@ -286,7 +286,7 @@ def test_dense_checks_have_at_most_rows_rows(d, n, rank):
 
 
 def test_a_process_without_certificate_claims_nothing(layer):
-    process = Brand(2, rho=0.9, T_brand=2)
+    process = Brand(rank=2, rho=0.9, T_brand=2)
     for k in range(2):
         process.update(k, np.eye(4)[:, :2], None)
     assert list(verify.certificate_claims(process, np.eye(4), 0.1, "")) == []
