@@ -86,7 +86,11 @@ def run(
 
 
 def check_at_least(**options: tuple[float | None, float]) -> None:
-    """Refuses an option below its least value: `check_at_least(time_limit=(arguments.time_limit, 0))`.
+    """Refuses an option below its least value.
+
+    >>> check_at_least(rounds=(3, 1), time_limit=(-1, 0))
+    Traceback (most recent call last):
+    kfacerr.exceptions.InputError: --time-limit must be at least 0, got -1
 
     Args:
         **options: value and least value by the option's name, with _ for -; a value of None was not given.
