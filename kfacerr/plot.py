@@ -139,6 +139,9 @@ def error_figure(
         block: iterations averaged, T_updt.
         title: one line above the figure.
         dark: for a dark background.
+
+    Returns:
+        Windows by metrics; `save` writes it.
     """
     windows = by_window(frame)
     styles = style(list(dict.fromkeys(frame.algorithm)), dark=dark)

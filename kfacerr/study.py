@@ -26,7 +26,7 @@ from .stream import Array, Step, Window
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["CERTIFIED", "DAMPINGS", "ErrorStudy", "Row", "by_window", "table"]
+__all__ = ["CERTIFIED", "DAMPINGS", "ErrorStudy", "Row", "averages", "by_window", "table"]
 
 DAMPINGS = ("own", "common")
 """lam = phi * lambda_max of each method's own representation, or the reference's lam for all."""
@@ -68,6 +68,17 @@ def by_window(frame: "pd.DataFrame") -> "list[tuple[str, pd.DataFrame]]":
         (f"epoch {epoch}, from {start}" if several else f"epoch {epoch}", part)
         for (epoch, start), part in frame.groupby(["epoch", "window"])
     ]
+
+
+def averages(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """The mean of every metric over each window, algorithms in their order (the error columns of Table 1).
+
+    `window`, its first iteration, is a column if it is one of the table's.
+    """
+    order = list(dict.fromkeys(frame.algorithm))
+    window = [name for name in ("epoch", "window") if name in frame]
+    mean = frame.groupby([*window, "algorithm", "metric"]).value.mean().unstack()
+    return mean.reindex(order, level="algorithm")[list(METRICS)].reset_index()
 
 
 class _Measured(NamedTuple):
