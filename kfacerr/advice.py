@@ -4,8 +4,9 @@
 machine: the flops of `Process.cost`, turned into time by a short measurement of the process itself on columns of
 the layer's size (a smaller size where a factor is large, scaled by the flops), and of a product of matrices.
 **Errors** are the means of the four metrics over the recording's windows, from one replay that all candidates
-share. **The frontier** holds the candidates of which no other is at most as dear and at most as wrong in the step's
-norm and in its angle.
+share.
+**The frontier** holds the candidates of which no other is at most as dear and at most as wrong in the step's norm
+and in its angle.
 """
 
 import time
