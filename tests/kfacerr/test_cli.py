@@ -1,6 +1,7 @@
 """`kfacerr replay` and `kfacerr info` at the command line: the CSV contract, and one line for every bad input."""
 
 import functools
+import re
 import signal
 import subprocess
 import sys
