@@ -109,6 +109,9 @@ def _trace(X: LowRank, trace: Array | None) -> Array:
 
     Where D holds Rayleigh quotients of M on U, <M - U D U^T, I - U U^T> = t - sum D, so this tau is the one that
     minimises ||M - U D U^T - tau (I - U U^T)||_F over tau >= 0.
+
+    Raises:
+        InputError: there is no trace.
     """
     if trace is None:
         raise InputError("continuation 'trace' needs the trace of the EA factor")
@@ -215,6 +218,9 @@ def lambda_max(M: Array) -> float:
 
     Stops at a Ritz residual of 1e3 eps theta (float64; 3e-6 theta in float32). The eigenvalue's error is never
     more than the residual, also in a cluster; where there is a gap it is the residual's square over the gap.
+
+    Raises:
+        InputError: M has NaN or Inf.
     """
     xp = namespace(M)
     d = M.shape[0]

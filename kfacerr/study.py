@@ -278,8 +278,11 @@ def _step(columns: Mapping[str, Array], inverses: Mapping[str, Any]) -> Array:
 
 
 def _ordered(windows: Sequence[Window]) -> list[Window]:
-    """By their start; refuses windows that overlap."""
-    ordered = sorted(windows)
+    """By their start; refuses windows that are empty or overlap."""
+    ordered = sorted(Window(*window) for window in windows)
+    for window in ordered:
+        if not (window.start >= 0 and window.length >= 1):
+            raise InputError(f"a window needs start >= 0 and length >= 1, got {tuple(window)}")
     for one, other in itertools.pairwise(ordered):
         if other.start in one:
             raise InputError(f"windows overlap: {tuple(one)} and {tuple(other)}")
