@@ -258,13 +258,9 @@ class Watch:
         end = self._ended or time.perf_counter()
         training = end - self._began - self._seconds
         seconds = {"training": training, "watching": self._seconds}
-        report = Report(
-            self._measurements.values(),
-            seconds=seconds,
-            windows=self._windows.reached(self.k),
-            remarks=self._stopped,
-        )
-        return report
+        measured = [self._measurements[name] for name in self.layers if name in self._measurements]
+        windows = self._windows.reached(self.k)
+        return Report(measured, seconds=seconds, windows=windows, remarks=self._stopped)
 
     def advise(self, layer: str | None = None, budget: str = "4x") -> Advice:
         """Which inverse a watched layer should have; see `kfacerr.advice`.
