@@ -418,8 +418,8 @@ def _spread(mean: Any, low: Any, high: Any, name: str, metric: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Two digits; 0 for what is mere rounding, nothing for NaN."""
-    if value != value:
+    """Two digits; 0 for what is mere rounding, nothing for NaN or where a bound says nothing."""
+    if not abs(value) < float("inf"):
         return ""
     return "0" if abs(value) < ROUNDING else f"{value:.2g}"
 
