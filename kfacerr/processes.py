@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from .array import namespace
+from .array import eps, namespace
 from .brand import carried, symmetric_brand
-from .certificate import FLOAT64, Certificate
+from .certificate import EVD_LOSS, FLOAT64, LOSS, Certificate
 from .correction import correct
 from .exceptions import InputError
+from .inverse import Exact
 from .lowrank import LowRank
 from .process import Clock, EAFactor, Estimate, Process, check_rho, mean_square
-from .rsvd import evd, nystrom, rsvd, srevd
+from .rsvd import nystrom, rsvd, srevd
 from .stream import Array
 
 __all__ = ["Brand", "BrandCorrected", "BrandRsvd", "Evd", "Periodic", "Rsvd", "Sketch"]
@@ -76,15 +77,37 @@ def _certified_decomposition(low: LowRank, factor: EAFactor) -> Certificate:
     return Certificate.of_decomposition(low, factor.trace, square, memory=1 / (1 - factor.rho))
 
 
+def _certified_copy(factor: EAFactor) -> Certificate:
+    """Of M~ = M: no error, but the rounding of M by (8) and of the EVD by which M~ may be applied."""
+    M, trace = factor.M, factor.trace
+    d, unit, size = M.shape[0], eps(M), namespace(M).linalg.vector_norm(M)
+    products = (LOSS[0] + LOSS[1] * d**0.5) * unit * trace / (1 - factor.rho)
+    rounding = products + EVD_LOSS * d * unit * size
+    return Certificate(0 * trace, rounding, rounding, rounding, d)
+
+
 class Evd(Periodic):
-    """K-FAC: the exact EVD of M_k."""
+    """K-FAC: M_k itself, of which the inverse, or the EVD, is taken when it is asked for."""
 
     def decompose(self, M: Array) -> LowRank:
-        return evd(M)
+        return Exact(namespace(M).asarray(M, copy=True))
 
     def certified(self, factor: EAFactor) -> Certificate | str:
-        assert self.estimate is not None
-        return _certified_decomposition(self.estimate.lowrank, factor)
+        return _certified_copy(factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        held = self.estimate
+        if held is None or not isinstance(held.lowrank, Exact):
+            return super().state_dict()
+        self.estimate = None  # its modes are not what is saved
+        state = super().state_dict() | {"exact": {"M": held.lowrank.M, "trace": held.trace}}
+        self.estimate = held
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if "exact" in state:
+            self.estimate = Estimate(Exact(state["exact"]["M"]), state["exact"]["trace"])
 
 
 @dataclass

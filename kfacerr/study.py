@@ -22,12 +22,13 @@ from .inverse import (
     ESCAPED,
     DampedInverse,
     DenseInverse,
+    Exact,
     check_phi,
     damped_inverse,
     exact_inverse,
     precondition_linear,
 )
-from .metrics import METRICS, angle_error, inverse_error, norm_error
+from .metrics import METRICS, angle_error, inverse_error, norm_error, step_coordinates
 from .process import EAFactor, Estimate, Process
 from .processes import BrandRsvd, Rsvd
 from .stream import Array, Step, Window
@@ -77,7 +78,7 @@ class _Held(NamedTuple):
 
     estimate: Estimate
     damping: Any
-    inverse: DampedInverse
+    inverse: DampedInverse | DenseInverse
     reference: DenseInverse
     error: float
 
@@ -109,9 +110,19 @@ class _Side:
                 process.refresh(k, self.factor)
 
     def refer(self, phi: float) -> DenseInverse:
-        """The exact damped inverse of M_k."""
-        self.reference, self.lam = exact_inverse(self.factor.M, phi=phi)
+        """The exact damped inverse of M_k; if K-FAC holds this very M_k, then K-FAC's."""
+        same = self._held_exactly()
+        self.reference, self.lam = exact_inverse(self.factor.M, phi=phi) if same is None else same.inverse(phi=phi)
         return self.reference
+
+    def _held_exactly(self) -> Exact | None:
+        """M_k as a process took it, if one did at this update."""
+        for process in self.processes.values():
+            held = process.estimate
+            # Every update makes a trace of its own.
+            if held is not None and held.trace is self.factor.trace and isinstance(held.lowrank, Exact):
+                return held.lowrank
+        return None
 
     def measure(self, name: str, continuation: str, phi: float, damping: str) -> _Held:
         """One algorithm's inverse and its error, made anew only where something it depends on changed."""
@@ -120,14 +131,7 @@ class _Side:
         held = self.held.get((name, continuation))
         by: Any = self.lam if damping == "common" else phi
         if held is None or held.estimate is not estimate or not _same(held.damping, by):
-            inverse = damped_inverse(
-                estimate.lowrank,
-                phi=phi if damping == "own" else None,
-                lam=self.lam if damping == "common" else None,
-                continuation=continuation,
-                trace=estimate.trace,
-                level=estimate.level,
-            )
+            inverse = self._inverse(estimate, continuation, **{"lam": by} if damping == "common" else {"phi": by})
         elif held.reference is self.reference:
             return held
         else:
@@ -136,6 +140,20 @@ class _Side:
         held = _Held(estimate, by, inverse, self.reference, error)
         self.held[name, continuation] = held
         return held
+
+    def _inverse(
+        self, estimate: Estimate, continuation: str, *, phi: float | None = None, lam: Array | None = None
+    ) -> DampedInverse | DenseInverse:
+        if isinstance(estimate.lowrank, Exact) and continuation != ESCAPED:  # all modes: nothing to continue
+            return estimate.lowrank.inverse(phi=phi, lam=lam)[0]
+        return damped_inverse(
+            estimate.lowrank,
+            phi=phi,
+            lam=lam,
+            continuation=continuation,
+            trace=estimate.trace,
+            level=estimate.level,
+        )
 
 
 class ErrorStudy:
@@ -264,19 +282,20 @@ class ErrorStudy:
             G.refer(phi)
             self._referred_phi = phi
         assert A.reference is not None and G.reference is not None
-        P, Q = precondition_linear(step.G, step.A, G.reference, A.reference)
-        S_ref = P @ Q.T
+        exact = precondition_linear(step.G, step.A, G.reference, A.reference)
         rows = []
         for name in self.names:
+            known: dict[tuple[int, int], tuple[float, float]] = {}  # an exact process has one inverse for all
             for kind in self.continuations:
                 a = A.measure(name, kind, phi, self.damping)
                 g = G.measure(name, kind, phi, self.damping)
-                P, Q = precondition_linear(step.G, step.A, g.inverse, a.inverse)
-                S = P @ Q.T
-                values = (a.error, g.error, norm_error(S, S_ref), angle_error(S, S_ref))
-                for metric, value in zip(METRICS, values, strict=True):
+                made_of = id(a.inverse), id(g.inverse)
+                if made_of not in known:
+                    S, S_ref = step_coordinates(*precondition_linear(step.G, step.A, g.inverse, a.inverse), *exact)
+                    known[made_of] = norm_error(S, S_ref), angle_error(S, S_ref)
+                for metric, value in zip(METRICS, (a.error, g.error, *known[made_of]), strict=True):
                     if not math.isfinite(value):
-                        raise InputError(f"{name}: {metric} is {value}: beyond the range of {S.dtype}")
+                        raise InputError(f"{name}: {metric} is {value}: beyond the range of {step.A.dtype}")
                     rows.append(Row(name, step.k, metric, value, window.epoch, kind))
         return rows
 
