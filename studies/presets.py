@@ -134,7 +134,7 @@ PRESETS = {
             seeds=(0,),
             dtype="float32",
             linear_application=True,
-            equal_rank=("R-KFAC T_inv=50",),
+            equal_rank=("R-KFAC T_inv=50", "R-KFAC T_inv=300"),  # what C1-C3 and C6 compare
             beyond=(),
             continuations=("min", "trace"),
         ),
