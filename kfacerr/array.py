@@ -156,7 +156,7 @@ def _check_definite(info: int) -> None:
 
 def _mirrored(M: np.ndarray) -> np.ndarray:
     """M with what stands above its diagonal written below it, in place."""
-    step = 256
+    step = 128
     for a in range(0, len(M), step):
         b = min(a + step, len(M))
         M[b:, a:b] = M[a:b, b:].T

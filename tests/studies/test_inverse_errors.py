@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -502,3 +503,20 @@ sys.exit(inverse_errors.main([*{options!r}, {str(tmp_path / "killed")!r}, *sys.a
     assert set(measured.continuation) == {"min", "trace"}
     at_equal_rank = {f"{name} rank={RANK + SHRUNK.batch_size}" for name in SHRUNK.equal_rank}
     assert set(measured.algorithm) == {*SEVEN, *at_equal_rank}
+
+
+def test_a_log_says_where_a_run_is_and_what_it_will_take(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "shrunk", SHRUNK)
+    monkeypatch.setattr(running, "PROGRESS_SECONDS", -1)
+    monkeypatch.setattr(inverse_errors, "MUCH", 0)
+    options = ["--preset", "shrunk", "--device", "cpu", "--step-limit", "3", "--out", str(tmp_path)]
+    assert inverse_errors.main(options) == 0
+    first, *lines, _ = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"seed 0: factors of order 257 and 32; products run at \d+ GFLOP/s here and a Cholesky inverse at \d+, so "
+        r"that a measured update takes about \d+ s and a window \d+ min",
+        first,
+    )
+    assert [re.fullmatch(r"seed 0: iteration (\d) of 60, 00:\d\d so far, 0.:\d\d left", x)[1] for x in lines] == [
+        *"123"
+    ]
