@@ -318,7 +318,7 @@ def _slug(seed: int, own: str | None) -> str:
     return f"seed-{seed}" + (f"-{own.lower().replace(' ', '-').replace('=', '')}" if own else "")
 
 
-def write_results(out: Path, dataset: str, states: Sequence[dict[str, Any]]) -> None:
+def write_results(out: Path, dataset: str, states: Sequence[dict[str, Any]], setting: str = "") -> None:
     """Every table and figure from the seeds' states, finished or not."""
     if not states:
         return
@@ -344,7 +344,7 @@ def write_results(out: Path, dataset: str, states: Sequence[dict[str, Any]]) -> 
             out / "taken.csv", pd.DataFrame(taken, columns=["seed", "epoch", "algorithm", "factor", "taken"])
         )
     if len(frame):
-        write_text(out / "claims.md", judge(frame, dataset))
+        write_text(out / "claims.md", judge(frame, dataset, setting))
         render(out)
 
 
@@ -384,7 +384,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.driver:
         preset = dataclasses.replace(preset, driver=arguments.driver)
     find_driver(preset.driver)
-    dataset, stop = begin(arguments, preset, layer=LAYER, trajectory=arguments.trajectory)
+    setting = preset.setting
+    dataset, stop = begin(arguments, preset, layer=LAYER, trajectory=arguments.trajectory, setting=setting)
     jobs = [
         joblib.delayed(run_seed)(
             preset, dataset, seed, own, arguments.device, arguments.out, arguments.record, stop
@@ -396,7 +397,8 @@ def _run(arguments: argparse.Namespace) -> int:
     with stop.listening():
         for outcome in in_parallel(jobs, arguments.jobs):
             outcomes.append(outcome)
-            write_results(arguments.out, dataset.name, [o.state for o in outcomes if o.state is not None])
+            states = [o.state for o in outcomes if o.state is not None]
+            write_results(arguments.out, dataset.name, states, setting)
     table = arguments.out / "table1.md"
     if table.exists():
         print(table.read_text(encoding="utf-8"))

@@ -6,6 +6,7 @@ from typing import Any
 from kfacerr.algorithms import SEVEN
 from kfacerr.stream import Window
 from studies.drivers import settings_for
+from studies.networks import fc0_sizes
 from studies.schedules import paper_oversampling, paper_phi, paper_rank
 from studies.training import TrainingConfig
 
@@ -64,6 +65,13 @@ class Preset:
         """All that is measured: the seven of §4.2, some of them at equal rank, and what the paper did not have."""
         rank = self.rank(self.window_epochs[0]) + self.batch_size
         return [*SEVEN, *(f"{name} rank={rank}" for name in self.equal_rank), *self.beyond]
+
+    @property
+    def setting(self) -> str:
+        """The measured layer and its ranks in one line."""
+        inputs, outputs = fc0_sizes(self.width)
+        ranks = dict.fromkeys(self.rank(epoch) for epoch in self.window_epochs)
+        return f"FC layer {inputs}-{outputs}, n = {self.batch_size}, r = {'/'.join(map(str, ranks))}"
 
     def paper_epoch(self, epoch: int) -> int:
         """The epoch of the paper's 50 that stands for `epoch` in its schedules."""

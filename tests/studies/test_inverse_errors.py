@@ -91,7 +91,8 @@ def test_the_results_of_the_contract_are_there(whole):
     assert (config["name"], config["data"], config["seeds"]) == ("tiny", "digits", [0, 1])
     assert json.loads((whole / "environment.json").read_text())["versions"]["torch"] == torch.__version__
     claims = (whole / "claims.md").read_text()
-    assert claims.startswith("# The paper's claims on digits, 2 seeds")
+    assert claims.startswith("# The paper's claims on digits, 2 seeds\n\nFC layer 256-32, n = 8, r = 14.\n")
+    assert config["setting"] == "FC layer 256-32, n = 8, r = 14"
     assert all(f"## C{i}." in claims for i in range(1, 8))
     assert all(name in (whole / "table1.md").read_text() for name in SEVEN)
 
@@ -503,6 +504,26 @@ sys.exit(inverse_errors.main([*{options!r}, {str(tmp_path / "killed")!r}, *sys.a
     assert set(measured.continuation) == {"min", "trace"}
     at_equal_rank = {f"{name} rank={RANK + SHRUNK.batch_size}" for name in SHRUNK.equal_rank}
     assert set(measured.algorithm) == {*SEVEN, *at_equal_rank}
+
+
+def test_the_papers_layer_has_the_papers_sizes():
+    preset = PRESETS["paper-layer"]
+    assert preset.setting == PRESETS["paper"].setting == "FC layer 16384-2048, n = 256, r = 230"
+    assert [preset.rank(epoch) for epoch in (0, 14, 15, 30)] == [220, 220, 230, 230]
+    assert preset.windows(195) == PRESETS["paper"].windows(195) == [(2930, 300, 15), (5850, 300, 30)]
+    assert preset.algorithms == [*SEVEN, "R-KFAC T_inv=50 rank=486", "R-KFAC T_inv=300 rank=486"]
+
+
+def test_a_study_begun_before_a_setting_existed_goes_on_if_that_has_its_default(tmp_path, capsys):
+    assert _study(tmp_path, "--time-limit", 0) == 0
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("beyond", "continuations", "conv_width", "setting"):
+        del config[key]
+    path.write_text(json.dumps(config))
+    assert _study(tmp_path, "--time-limit", 0, "--resume") == 0
+    path.write_text(json.dumps(config | {"beyond": []}))
+    assert "beyond is [] there and ['B-R-KFAC adaptive=1.2', 'FD'] here" in _fails(capsys, tmp_path, "--resume")
 
 
 def test_a_log_says_where_a_run_is_and_what_it_will_take(tmp_path, monkeypatch, capsys):
