@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .array import namespace
+from .array import namespace, norm
 from .brand import carried, symmetric_brand
 from .certificate import FLOAT64, Certificate
 from .correction import correct
@@ -72,8 +72,7 @@ WAITING = "stale: columns wait for the next Brand update"
 
 def _certified_decomposition(low: LowRank, factor: EAFactor) -> Certificate:
     """Of 0 <= low <= M."""
-    square = namespace(factor.M).linalg.vector_norm(factor.M) ** 2  # without a (d, d) temporary
-    return Certificate.of_decomposition(low, factor.trace, square, memory=1 / (1 - factor.rho))
+    return Certificate.of_decomposition(low, factor.trace, norm(factor.M), memory=1 / (1 - factor.rho))
 
 
 class Evd(Periodic):
