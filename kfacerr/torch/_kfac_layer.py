@@ -16,9 +16,9 @@ from ..factor import KFactor
 from ..inverse import DampedInverse, DenseInverse, Inverse, precondition, precondition_linear
 from ..process import Process, Settings
 from ..stream import Columns
+from ._direction import Product
 from ._layer import Layer
 from ._micro_batches import Tally, factor_columns, gradient_columns
-from ._product import Product
 from ._scaling import probe
 from .linear import FactoredLinear, formed, held
 from .policy import FactorInfo, Hyper, LayerPolicy, choice_of_side, named_process
@@ -35,11 +35,17 @@ def process_of(factor: KFactor) -> Process:
 class KFACLayer(Layer):
     """A layer that K-FAC preconditions.
 
+    Args:
+        name: see `Layer`.
+        module: see `Layer`.
+        mine: see `Layer`.
+        shared: see `Layer`.
+        policy: of the layer.
+        asked: whether Algorithm 8 is asked for, where n is small enough.
+
     Attributes:
-        policy: as the optimizer was given it.
         factors: of sides "A" and "G"; empty until the first columns.
         linear: whether Algorithm 8 applies; None until the first columns, which tell n.
-        asked: whether it was asked for, so that `linear` is no plain False.
     """
 
     def __init__(
@@ -49,18 +55,16 @@ class KFACLayer(Layer):
         mine: Container[Tensor],
         shared: Container[Tensor],
         policy: LayerPolicy,
+        *,
+        asked: bool,
     ) -> None:
         super().__init__(name, module, mine, shared)
         self.policy = policy
+        self.asked = asked
         self.factors: dict[str, KFactor] = {}
-        self.linear: bool | None = False
-        self.asked = False
+        self.linear: bool | None = None if asked else False
         self._infos: dict[str, FactorInfo] = {}
         self._kind: tuple[torch.dtype, torch.device] | None = None
-
-    def ask_linear(self) -> None:
-        """Algorithm 8, if n is small enough."""
-        self.linear, self.asked = None, True
 
     @property
     def with_bias(self) -> bool:
@@ -105,7 +109,7 @@ class KFACLayer(Layer):
                 )
 
     def differs_from_columns(self, columns: Columns, unit: float) -> Tensor:
-        """Whether .grad is not `G A^T`, a 0-d boolean: one product of each with a fixed vector v of signs.
+        """Whether .grad is not `G A^T`: one product of each with a fixed vector v of signs.
 
         Where a part of .grad is held as factors and another is formed, the second came from elsewhere: no product
         is needed, but whether it is zero. (Or the factors outgrew the gradient, and Algorithm 8 would save
@@ -118,6 +122,9 @@ class KFACLayer(Layer):
         Args:
             columns: A and G of all micro-batches.
             unit: u of the backward's products.
+
+        Returns:
+            A 0-d boolean.
         """
         A, G = columns
         others = [there for p in self.parameters if held(p) and (there := formed(p)) is not None]
@@ -130,7 +137,12 @@ class KFACLayer(Layer):
     # ------------------------------------------------------------------------------------------ K-factors
 
     def make_factors(self, columns: Columns, n: int, settings: Settings) -> list[str]:
-        """Makes the factors, if they are not there, at their first columns, n of them with all processes'.
+        """Makes the factors, if they are not there.
+
+        Args:
+            columns: this process's first ones.
+            n: their number in all processes.
+            settings: of the processes.
 
         Returns:
             What the log should say: which factors have no room for their process (§3.5).
@@ -221,7 +233,14 @@ class KFACLayer(Layer):
         }
 
     def restored(self, state: Mapping[str, Any], settings: Settings) -> Callable[[], None]:
-        """What makes the layer take a state; it is left as it is until that is called.
+        """Makes ready to take a state.
+
+        Args:
+            state: of `state_dict`.
+            settings: of the processes.
+
+        Returns:
+            What makes the layer take it, which is left as it is until then.
 
         Raises:
             InputError: the state is of another process or another size.

@@ -69,6 +69,7 @@ def test_columns_reproduce_autograd_gradient_of_linear(extra, b, d_in, d_out, bi
     assert_reproduces(layer, columns)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @FAST
 @given(data=st.data())
 @pytest.mark.parametrize("dimensions", [1, 2])

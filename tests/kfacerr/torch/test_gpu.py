@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kfacerr.algorithms import SEVEN, Settings, make_process
+from kfacerr.algorithms import SEVEN, Algorithm
 from kfacerr.array import cholesky_inverse, eigh_descending, normal
 from kfacerr.brand import symmetric_brand
 from kfacerr.exceptions import InputError
-from kfacerr.inverse import damped_inverse, exact_inverse, precondition_linear
+from kfacerr.factor import KFactor
+from kfacerr.inverse import exact_inverse, precondition_linear
 from kfacerr.lowrank import LowRank
-from kfacerr.process import EAFactor
+from kfacerr.process import Settings
 from kfacerr.rsvd import nystrom, rsvd, srevd
 from kfacerr.stream import Step, Window
 from kfacerr.study import ErrorStudy
@@ -112,14 +113,12 @@ def test_processes(fast, name: str):
     settings = Settings(rank=12, oversampling=COVERING)
 
     def estimate(dtype: type, lift: Callable):
-        process, factor = make_process(name, settings, "A"), EAFactor(settings.rho)
+        factor = KFactor("A", {name: Algorithm.parse(name).process(settings, "A")}, settings.rho)
         for i, X in enumerate(columns):
-            array = lift(X.astype(dtype))
-            process.begin(10 * i, factor)
-            factor.update(array)
-            process.update(10 * i, array, factor)
-        assert process.estimate is not None
-        return damped_inverse(process.estimate.lowrank, phi=0.1).dense()
+            factor.push(10 * i, lift(X.astype(dtype)))
+        inverse = factor.inverse(name, phi=0.1)
+        assert inverse is not None
+        return inverse.dense()
 
     got = estimate(np.float32, lambda X: fast.array(X, X.dtype))
     assert error(fast.numpy(got), estimate(np.float64, lambda X: X)) <= 1e-4
@@ -131,12 +130,13 @@ def test_replay(fast):
 
     def rows(dtype: type, lift: Callable) -> dict[tuple, float]:
         settings = Settings(rank=8, oversampling=COVERING)
-        study = ErrorStudy([*SEVEN, "FD"], settings, [Window(200, 120)], continuations=("min", "trace"))
+        names = [f"{name} continuation={c}" for name in (*SEVEN, "FD") for c in ("min", "trace")]
+        study = ErrorStudy(names, settings, [Window(200, 120)])
         steps = [
             Step(10 * i, lift(a.astype(dtype)), lift(g.astype(dtype)))
             for i, (a, g) in enumerate(zip(A, G, strict=True))
         ]
-        return {row[:3] + row[5:]: row.value for step in steps for row in study.push(step)}
+        return {row[:3]: row.value for step in steps for row in study.push(step)}
 
     got, expected = rows(np.float32, lambda X: fast.array(X, X.dtype)), rows(np.float64, lambda X: X)
     assert got.keys() == expected.keys() and len(got) == 8 * 2 * 4 * 12

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfacerr.exceptions import InputError
 from kfacerr.torch import KFAC, FactoredLinear, factored
-from kfacerr.torch._product import Product
+from kfacerr.torch._direction import Product
 from kfacerr.torch.linear import FactoredParameter, formed, has_gradient, held
 from tests.kfacerr.torch.cases import convnet, images, loss_of, mlp, parameters, relative, train, vectors
 
