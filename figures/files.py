@@ -13,13 +13,14 @@ __all__ = ["note", "read_table", "save_both"]
 
 
 def note(run: Path, seeds: int, *, band: bool = True) -> str:
-    """One line over a figure: the data, as config.json names them, and what is drawn."""
+    """One line over a figure: the data and the setting, as config.json names them, and what is drawn."""
     try:
-        data = json.loads((run / "config.json").read_text(encoding="utf-8"))["data"]
-    except (OSError, ValueError, KeyError, TypeError):
-        data = ""
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        data, setting = config["data"], config.get("setting", "")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        data = setting = ""
     drawn = f"mean of {seeds} seeds" + (", band: their range" if band else "") if seeds > 1 else ""
-    return ", ".join(filter(None, (data, drawn)))
+    return ", ".join(filter(None, (data, setting, drawn)))
 
 
 _TEXT = ("algorithm", "metric", "factor", "optimizer", "driver", "part", "continuation")

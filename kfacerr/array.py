@@ -16,6 +16,7 @@ from .exceptions import InputError
 from .stream import Array
 
 __all__ = [
+    "add_to_diagonal",
     "check_columns",
     "cholesky_inverse",
     "device_array",
@@ -149,26 +150,51 @@ def eigh_descending(K: Array, what: str = "matrix") -> tuple[Array, Array]:
     return xp.flip(w, axis=0), xp.flip(V, axis=1)
 
 
-def cholesky_inverse(M: Array) -> Array:
-    """Inverse (d, d) of a symmetric positive definite matrix through its Cholesky factor: d^3 flops."""
+def add_to_diagonal(M: Array, value: Array) -> None:
+    """M + value I, written into M (d, d), contiguous by rows; `value` is a 0-d array."""
+    xp = compat.array_namespace(M)
+    xp.reshape(M, (-1,), copy=False)[:: M.shape[0] + 1] += value
+
+
+def cholesky_inverse(M: Array, *, overwrite: bool = False) -> Array:
+    """Inverse (d, d) of a symmetric positive definite matrix through its Cholesky factor: d^3 flops.
+
+    `overwrite` lets it take M's place, where M is contiguous: NumPy and torch then need no other (d, d) array.
+    """
+    # M is symmetric: its rows are the columns that LAPACK works on.
     if isinstance(M, np.ndarray):
         (potrf, potri) = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (M,))
-        factor, info = potrf(M, lower=False)
+        inverse, info = potrf(M.T, lower=True, overwrite_a=overwrite)
         if info == 0:
-            inverse, info = potri(factor, lower=False, overwrite_c=True)
-        if info != 0:
-            raise InputError("matrix is not positive definite: the damping is too small or M has NaN")
-        upper = np.triu(inverse)
-        return upper + np.triu(upper, 1).T
+            inverse, info = potri(inverse, lower=True, overwrite_c=True)
+        _check_definite(info)
+        return _mirrored(inverse.T)
     if compat.is_torch_array(M):
         import torch
 
-        factor, info = torch.linalg.cholesky_ex(M)
-        if int(info) != 0:
-            raise InputError("matrix is not positive definite: the damping is too small or M has NaN")
-        return torch.cholesky_inverse(factor)
+        columns = (M.contiguous() if overwrite else M.clone(memory_format=torch.contiguous_format)).mT
+        status = torch.empty((), dtype=torch.int32, device=M.device)
+        torch.linalg.cholesky_ex(columns, out=(columns, status))
+        _check_definite(int(status))
+        return torch.cholesky_inverse(columns, out=columns).mT
     xp = compat.array_namespace(M)
     return xp.linalg.inv(M)
+
+
+def _check_definite(info: int) -> None:
+    if info != 0:
+        raise InputError("matrix is not positive definite: the damping is too small or M has NaN")
+
+
+def _mirrored(M: np.ndarray) -> np.ndarray:
+    """M with what stands above its diagonal written below it, in place."""
+    step = 128
+    for a in range(0, len(M), step):
+        b = min(a + step, len(M))
+        M[b:, a:b] = M[a:b, b:].T
+        square = M[a:b, a:b]
+        square[...] = np.triu(square) + np.triu(square, 1).T
+    return M
 
 
 def product_into(out: Array, start: int, P: Array, Q: Array) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .array import check_columns, failures, is_finite, map_arrays, namespace, to_dtype
 from .ea import EAFactor
 from .exceptions import InputError
-from .inverse import DampedInverse, DenseInverse, damped_inverse, exact_inverse
+from .inverse import DampedInverse, DenseInverse, Exact, damped_inverse, exact_inverse
 from .process import Estimate, Process
 from .stream import Array
 
@@ -30,7 +30,7 @@ class _Held(NamedTuple):
 
     estimate: Estimate
     damping: Any
-    inverse: DampedInverse
+    inverse: DampedInverse | DenseInverse
 
 
 class KFactor:
@@ -180,7 +180,7 @@ class KFactor:
 
     def inverse(
         self, name: str, *, phi: float | None = None, lam: Array | None = None, continuation: str = "min"
-    ) -> DampedInverse | None:
+    ) -> DampedInverse | DenseInverse | None:
         """A process's damped inverse of unit^2 M, made anew only where its estimate or the damping changed.
 
         Args:
@@ -214,12 +214,22 @@ class KFactor:
         return inverse
 
     def reference(self, phi: float) -> tuple[DenseInverse, Array]:
-        """The exact damped inverse of unit^2 M_k, and its damping; kept until M or phi changes."""
+        """The exact damped inverse of unit^2 M_k, and its damping; kept until M or phi changes.
+
+        It is K-FAC's own where K-FAC holds this very M_k: stale K-FAC is an earlier reference.
+        """
         held = self._reference
         if held is None or held[:2] != (self._updates, phi):
-            inverse, lam = exact_inverse(self.average.M, phi=phi)
+            same = self._held_exactly()
+            inverse, lam = exact_inverse(self.average.M, phi=phi) if same is None else same.inverse(phi=phi)
             held = self._reference = (self._updates, phi, inverse, lam)
         return held[2], held[3]
+
+    def _held_exactly(self) -> Exact | None:
+        """M_k as a process took it, if one did at this update: every update makes a trace of its own."""
+        estimates = (process.estimate for process in self.processes.values())
+        found = (e.lowrank for e in estimates if e is not None and e.trace is self.average.trace)
+        return next((low for low in found if isinstance(low, Exact)), None)
 
     # ---------------------------------------------------------------------------------------------- state
 

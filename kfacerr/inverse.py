@@ -13,9 +13,10 @@ from typing import Protocol
 import array_api_compat as compat
 import numpy as np
 
-from .array import cholesky_inverse, device_array, eps, namespace
+from .array import add_to_diagonal, cholesky_inverse, device_array, eps, namespace
 from .exceptions import InputError
 from .lowrank import LowRank
+from .rsvd import evd
 from .stream import Array
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ESCAPED",
     "DampedInverse",
     "DenseInverse",
+    "Exact",
     "Inverse",
     "continuation_level",
     "damped_inverse",
@@ -30,6 +32,7 @@ __all__ = [
     "lambda_max",
     "precondition",
     "precondition_linear",
+    "representation",
 ]
 
 
@@ -109,6 +112,9 @@ def _trace(X: LowRank, trace: Array | None) -> Array:
 
     Where D holds Rayleigh quotients of M on U, <M - U D U^T, I - U U^T> = t - sum D, so this tau is the one that
     minimises ||M - U D U^T - tau (I - U U^T)||_F over tau >= 0.
+
+    Raises:
+        InputError: there is no trace.
     """
     if trace is None:
         raise InputError("continuation 'trace' needs the trace of the EA factor")
@@ -161,7 +167,7 @@ def damped_inverse(
     continuation: str = "min",
     trace: Array | None = None,
     level: Array | None = None,
-) -> DampedInverse:
+) -> DampedInverse | DenseInverse:
     """The damped, continued inverse of a representation.
 
     Args:
@@ -179,9 +185,11 @@ def damped_inverse(
         raise InputError("give one of phi and lam")
     if X.m == 0:
         raise InputError("the representation has no modes: no columns came in yet")
-    if lam is None:
-        assert phi is not None
+    if phi is not None:
         check_phi(phi)
+    if isinstance(X, Exact) and continuation != ESCAPED:  # nothing to continue
+        return X.inverse(phi=phi, lam=lam)[0]
+    if lam is None:
         lam = phi * X.lambda_max
     if continuation == ESCAPED:
         if level is None:
@@ -204,10 +212,64 @@ def exact_inverse(M: Array, *, phi: float | None = None, lam: Array | None = Non
         if not top > 0:
             raise InputError("the EA factor is zero, so phi * lambda_max damps nothing")
         lam = device_array(phi * top, M)
-    xp = namespace(M)
-    return DenseInverse(
-        cholesky_inverse(M + lam * xp.eye(M.shape[0], dtype=M.dtype, device=compat.device(M)))
-    ), lam
+    damped = namespace(M).asarray(M, copy=True)
+    add_to_diagonal(damped, lam)
+    return DenseInverse(cholesky_inverse(damped, overwrite=True)), lam
+
+
+class Exact(LowRank):
+    """A symmetric p.s.d. M (d, d) as it stands: all d modes, which are computed, by an EVD, only if they are asked for.
+
+    Its damped inverse needs none of them, and no continuation.
+    """
+
+    M: Array
+
+    def __init__(self, M: Array) -> None:
+        """Keeps M itself: copy it where it is updated in place."""
+        vars(self).update(M=M, mix=None)  # past the frozen dataclass
+
+    @cached_property
+    def _evd(self) -> LowRank:
+        return evd(self.M)
+
+    @property
+    def basis(self) -> Array:
+        return self._evd.basis
+
+    @property
+    def D(self) -> Array:
+        return self._evd.D
+
+    @property
+    def d(self) -> int:
+        return self.M.shape[0]
+
+    @property
+    def m(self) -> int:
+        return self.d
+
+    @cached_property
+    def lambda_max(self) -> Array:
+        return device_array(lambda_max(self.M), self.M)
+
+    def dense(self) -> Array:
+        return self.M
+
+    def state_dict(self) -> dict[str, Array]:
+        return {"M": self.M}
+
+    def inverse(self, *, phi: float | None = None, lam: Array | None = None) -> tuple[DenseInverse, Array]:
+        """`exact_inverse` of M; the last one is kept."""
+        held = vars(self).get("_held")
+        if held is None or not (phi == held[0] if lam is None else lam is held[2]):
+            held = vars(self)["_held"] = (phi, *exact_inverse(self.M, phi=phi, lam=lam))
+        return held[1:]
+
+
+def representation(state: dict[str, Array]) -> LowRank:
+    """What a `state_dict` of a `LowRank`, or of an `Exact`, was taken of."""
+    return Exact(**state) if "M" in state else LowRank(**state)
 
 
 def lambda_max(M: Array) -> float:
@@ -215,6 +277,9 @@ def lambda_max(M: Array) -> float:
 
     Stops at a Ritz residual of 1e3 eps theta (float64; 3e-6 theta in float32). The eigenvalue's error is never
     more than the residual, also in a cluster; where there is a gap it is the residual's square over the gap.
+
+    Raises:
+        InputError: M has NaN or Inf.
     """
     xp = namespace(M)
     d = M.shape[0]

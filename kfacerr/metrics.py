@@ -15,7 +15,7 @@ from .array import namespace
 from .inverse import DampedInverse, Inverse
 from .stream import Array
 
-__all__ = ["METRICS", "angle_error", "inverse_error", "norm_error"]
+__all__ = ["METRICS", "angle_error", "inverse_error", "norm_error", "step_coordinates"]
 
 METRICS = ("inverse_A", "inverse_G", "step_norm", "step_angle")
 """Names of metrics (1)-(4) in every table."""
@@ -68,6 +68,28 @@ def _block(inverse: DampedInverse, start: int, stop: int) -> Array:
     count = stop - start
     block[:, :count] += inverse.shift * xp.eye(count, dtype=block.dtype, device=compat.device(block))
     return block
+
+
+def step_coordinates(P: Array, Q: Array, P_ref: Array, Q_ref: Array) -> tuple[Array, Array]:
+    """S = P Q^T and S_ref = P_ref Q_ref^T in coordinates that keep norms and inner products.
+
+    Both are (d_G, d_A), but their columns lie in a space of dimension 2n: in an orthonormal basis of it, from the
+    QR [P_ref, P - P_ref] = Z [R, R'], they are (R + R') Q^T and R Q_ref^T, (2n, d_A) each. Where P = P_ref and
+    Q = Q_ref the two are the same to the bit.
+
+    Args:
+        P, P_ref: (d_G, n).
+        Q, Q_ref: (d_A, n).
+
+    Returns:
+        (2n, d_A) twice; the steps themselves where 2n >= d_G.
+    """
+    xp = namespace(P, P_ref)
+    n = P.shape[1]
+    if 2 * n >= P.shape[0]:
+        return P @ Q.T, P_ref @ Q_ref.T
+    _, R = xp.linalg.qr(xp.concat([P_ref, P - P_ref], axis=1))
+    return (R[:, :n] + R[:, n:]) @ Q.T, R[:, :n] @ Q_ref.T
 
 
 @_MENDED

@@ -18,7 +18,7 @@ import numpy as np
 from .certificate import Certificate
 from .ea import EAFactor, check_rho
 from .exceptions import InputError
-from .inverse import check_continuation
+from .inverse import check_continuation, representation
 from .lowrank import LowRank
 from .rsvd import check_sketch
 from .stream import Array
@@ -273,5 +273,5 @@ class Process:
             clock.load_state_dict(state["clocks"][name])
         self.rng.bit_generator.state = state["rng"]
         held, known = state["estimate"], state["certificate"]
-        self.estimate = held and Estimate(**{**held, "lowrank": LowRank(**held["lowrank"])})
+        self.estimate = held and Estimate(**{**held, "lowrank": representation(held["lowrank"])})
         self._certificate = known if isinstance(known, str) else Certificate(**known)

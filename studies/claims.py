@@ -152,18 +152,20 @@ CLAIMS: dict[str, Callable[[Curves], Finding]] = {
 }
 
 
-def judge(errors: pd.DataFrame, dataset: str) -> str:
+def judge(errors: pd.DataFrame, dataset: str, setting: str = "") -> str:
     """claims.md: every claim under the paper's settings, at equal rank and with `trace`, with our numbers.
 
     Args:
         errors: tidy table with columns algorithm, k, metric, value, epoch, continuation, seed and optionally
             window; R-KFAC also at rank r + n for the equal-rank comparison.
         dataset: what was trained on, for the heading.
+        setting: a line on the layer and its ranks.
     """
     seeds = errors.seed.nunique()
     lines = [
         f"# The paper's claims on {dataset}, {seeds} seed{'s' if seeds > 1 else ''}",
         "",
+        *([f"{setting}.", ""] if setting else []),
         "Curves are averages over the 10 iterations between two updates; metrics (1)-(4) are those of §4.2.",
         "A verdict is that of the mean curve over seeds; n of N counts the runs (seed, window) that agree.",
     ]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import joblib
 import pandas as pd
@@ -48,6 +48,7 @@ __all__ = [
 T = TypeVar("T")
 
 CHECKPOINT_SECONDS = 300
+PROGRESS_SECONDS = 120
 SIGNAL = "by a signal"
 STEP_LIMIT = "at the step limit"
 
@@ -59,8 +60,17 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
     write_atomically(path, lambda temporary: frame.to_csv(temporary, index=False, float_format="%.8g"))
 
 
-def open_output(out: Path, config: dict[str, Any], resume: bool) -> None:
+def open_output(
+    out: Path, config: dict[str, Any], resume: bool, *, defaults: dict[str, Any] | None = None, setting: str = ""
+) -> None:
     """Makes DIR, or checks that what is there belongs to the same study.
+
+    Args:
+        out: DIR.
+        config: what identifies the study.
+        resume: whether DIR may hold it already.
+        defaults: of settings that a study may have been begun without, because they did not exist yet.
+        setting: one line of what config.json also says, for figures and claims.
 
     Raises:
         InputError: DIR holds a study already (without resume), or another one (with it).
@@ -75,10 +85,11 @@ def open_output(out: Path, config: dict[str, Any], resume: bool) -> None:
             raise InputError(f"{path}: not readable as a study's configuration: {error}") from None
         for key, value in config.items():
             # A switch that did not exist yet was off.
-            if there.get(key, False if value is False else None) != value:
+            if there.get(key, (defaults or {}).get(key, False if value is False else None)) != value:
                 raise InputError(f"{path}: {key} is {there.get(key)} there and {value} here")
     else:
-        write_text(path, json.dumps(config, indent=2) + "\n")
+        said = {"setting": setting} if setting else {}
+        write_text(path, json.dumps(config | said, indent=2) + "\n")
         write_text(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
 
@@ -170,6 +181,13 @@ class Run(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Forecasting(Protocol):
+    """A run that knows what its iterations still to come will take."""
+
+    def seconds_left(self) -> float: ...
+
+
 class Outcome(NamedTuple):
     """What became of a job: its results if there are any, why it stopped, or what went wrong."""
 
@@ -191,6 +209,7 @@ def run_job(name: str, checkpoint: Path, make_run: Callable[[], Run], stop: "Sto
         try:
             if saved is not None:
                 run.load_state_dict(saved)
+                saved = None  # it may be as large as the run
             advance(run, checkpoint, stop)
             return Outcome(name, run.results(), stop.reason)
         except InputError as error:
@@ -200,17 +219,33 @@ def run_job(name: str, checkpoint: Path, make_run: Callable[[], Run], stop: "Sto
 
 
 def advance(run: Run, checkpoint: Path, stop: Callable[[], bool]) -> None:
-    """Runs to the end or until `stop`; saves the state every few minutes and at the end."""
-    saved = time.monotonic()
-    bar = tqdm(total=run.end, initial=run.position, unit="step", desc=run.name, disable=None)
+    """Runs to the end or until `stop`; saves the state every few minutes and at the end.
+
+    Shows a bar on a terminal; elsewhere a run that takes longer says every few minutes where it is.
+    """
+    started = saved = said = time.monotonic()
+    first = run.position
+    bar = tqdm(total=run.end, initial=first, unit="step", desc=run.name, disable=None)
     with bar:
         while not run.finished and not stop():
             run.advance()
             bar.update()
+            now = time.monotonic()
+            if bar.disable and now - said > PROGRESS_SECONDS:
+                said = now
+                mean = (now - started) / (run.position - first)
+                left = run.seconds_left() if isinstance(run, Forecasting) else mean * (run.end - run.position)
+                print(_progress(run, now - started, left), file=sys.stderr, flush=True)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save_checkpoint(checkpoint, run.state_dict())
                 saved = time.monotonic()
     save_checkpoint(checkpoint, run.state_dict())
+
+
+def _progress(run: Run, elapsed: float, left: float) -> str:
+    """One line of a log."""
+    clock = tqdm.format_interval
+    return f"{run.name}: iteration {run.position} of {run.end}, {clock(elapsed)} so far, {clock(left)} left"
 
 
 def in_parallel(jobs: Iterable[Any], count: int, cluster: str = "") -> Iterator[Any]:
@@ -253,7 +288,13 @@ def with_seeds(preset: T, arguments: argparse.Namespace) -> T:
 
 
 def begin(
-    arguments: argparse.Namespace, preset: Any, *, n_test: int | None = None, resume: bool = False, **what: Any
+    arguments: argparse.Namespace,
+    preset: Any,
+    *,
+    n_test: int | None = None,
+    resume: bool = False,
+    setting: str = "",
+    **what: Any,
 ) -> tuple[Dataset, "Stop"]:
     """What every study of several jobs does before its first: the options checked, the data read, DIR opened.
 
@@ -262,6 +303,7 @@ def begin(
         preset: a dataclass with fields dataset, n_train and seeds.
         n_test: test images used; None for all.
         resume: go on with what DIR holds, whatever the options say.
+        setting: one line of what config.json also says, for figures and claims.
         what: what else config.json says beside the preset and the name of the data.
     """
     check_jobs(arguments, preset.seeds)
@@ -272,8 +314,10 @@ def begin(
         n_train=preset.n_train,
         n_test=n_test,
     )
-    config = json.loads(json.dumps(dataclasses.asdict(preset) | {"data": dataset.name, **what}))
-    open_output(arguments.out, config, resume or arguments.resume)
+    config = _plain(dataclasses.asdict(preset) | {"data": dataset.name, **what})
+    defaults = {f.name: f.default for f in dataclasses.fields(preset) if f.default is not dataclasses.MISSING}
+    resumed = resume or arguments.resume
+    open_output(arguments.out, config, resumed, defaults=_plain(defaults), setting=setting)
     return dataset, Stop(arguments.out / "state" / "stopped", arguments.time_limit, arguments.step_limit)
 
 
@@ -292,6 +336,12 @@ def verdict(program: str, outcomes: Sequence[Outcome], out: Path) -> int:
         return 130 if SIGNAL in reasons else 0
     print(f"{program}: results are in {out}", file=sys.stderr)
     return 0
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As they are read back from JSON."""
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
 
 
 class Stop:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -90,7 +91,8 @@ def test_the_results_of_the_contract_are_there(whole):
     assert (config["name"], config["data"], config["seeds"]) == ("tiny", "digits", [0, 1])
     assert json.loads((whole / "environment.json").read_text())["versions"]["torch"] == torch.__version__
     claims = (whole / "claims.md").read_text()
-    assert claims.startswith("# The paper's claims on digits, 2 seeds")
+    assert claims.startswith("# The paper's claims on digits, 2 seeds\n\nFC layer 256-32, n = 8, r = 14.\n")
+    assert config["setting"] == "FC layer 256-32, n = 8, r = 14"
     assert all(f"## C{i}." in claims for i in range(1, 8))
     assert all(name in (whole / "table1.md").read_text() for name in SEVEN)
 
@@ -113,7 +115,7 @@ def test_every_algorithm_metric_iteration_and_seed_has_a_row(whole):
     assert set(variants.continuation) == {"min", "trace", "none"}
     equal_rank = f" rank={RANK + TINY.batch_size}"
     at_equal_rank = {name + equal_rank for name in SEVEN if name.startswith("R-KFAC")}
-    assert set(variants.algorithm) == {*SEVEN, *at_equal_rank, *inverse_errors.BEYOND}
+    assert set(variants.algorithm) == {*SEVEN, *at_equal_rank, *TINY.beyond}
 
 
 def test_decompositions_are_counted_by_window(whole):
@@ -453,3 +455,89 @@ def test_monitoring_resumes_to_the_same_tables(monitored, tmp_path):
 
 def test_monitoring_refuses_what_it_cannot_be_combined_with(tmp_path, capsys):
     assert "--monitor" in _fails(capsys, tmp_path / "no", "--monitor", "--trajectory", "own")
+
+
+# ------------------------------------------------------------------------------------------ preset paper-layer
+
+SHRUNK = dataclasses.replace(
+    PRESETS["paper-layer"],
+    dataset="digits",
+    n_train=80,  # 10 iterations an epoch
+    width=1 / 64,
+    conv_width=1 / 128,
+    batch_size=8,
+    window_epochs=(1, 4),
+    driver="sgd",
+    T_updt=5,
+    window_length=20,
+    rank_scale=1 / 16,
+)
+
+
+def test_a_killed_run_of_the_papers_layer_goes_on_to_the_same_rows(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "shrunk", SHRUNK)
+    options = ["--preset", "shrunk", "--device", "cpu", "--record", "--out"]
+    assert inverse_errors.main([*options, str(tmp_path / "whole")]) == 0
+    program = f"""
+import os, signal, sys
+from studies import inverse_errors, running
+from studies.presets import PRESETS, Preset
+PRESETS["shrunk"] = {SHRUNK!r}
+running.CHECKPOINT_SECONDS = -1  # after every iteration
+save = running.save_checkpoint
+
+def killed(path, state):
+    if state["training"]["k"] == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(path, state)
+
+running.save_checkpoint = killed
+sys.exit(inverse_errors.main([*{options!r}, {str(tmp_path / "killed")!r}, *sys.argv[2:]]))
+"""
+    for k, resume in ((13, ()), (18, ("--resume",)), (45, ("--resume",))):
+        command = [sys.executable, "-c", program, str(k), *resume]
+        assert subprocess.run(command, capture_output=True, check=False, timeout=120).returncode == -signal.SIGKILL
+    assert inverse_errors.main([*options, str(tmp_path / "killed"), "--resume"]) == 0
+    for name in ("errors.csv", "variants.csv", "spectra.csv", "training.csv", "taken.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    measured = pd.read_csv(tmp_path / "whole" / "variants.csv")
+    assert set(measured.continuation) == {"min", "trace"}
+    at_equal_rank = {f"{name} rank={RANK + SHRUNK.batch_size}" for name in SHRUNK.equal_rank}
+    assert set(measured.algorithm) == {*SEVEN, *at_equal_rank}
+
+
+def test_the_papers_layer_has_the_papers_sizes():
+    preset = PRESETS["paper-layer"]
+    assert preset.setting == PRESETS["paper"].setting == "FC layer 16384-2048, n = 256, r = 230"
+    assert [preset.rank(epoch) for epoch in (0, 14, 15, 30)] == [220, 220, 230, 230]
+    assert preset.windows(195) == PRESETS["paper"].windows(195) == [(2930, 300, 15), (5850, 300, 30)]
+    assert preset.algorithms == [*SEVEN, "R-KFAC T_inv=50 rank=486", "R-KFAC T_inv=300 rank=486"]
+
+
+def test_a_study_begun_before_a_setting_existed_goes_on_if_that_has_its_default(tmp_path, capsys):
+    assert _study(tmp_path, "--time-limit", 0) == 0
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("beyond", "continuations", "conv_width", "setting"):
+        del config[key]
+    path.write_text(json.dumps(config))
+    assert _study(tmp_path, "--time-limit", 0, "--resume") == 0
+    path.write_text(json.dumps(config | {"beyond": []}))
+    assert "beyond is [] there and ['B-R-KFAC adaptive=1.2', 'FD'] here" in _fails(capsys, tmp_path, "--resume")
+
+
+def test_a_log_says_where_a_run_is_and_what_it_will_take(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "shrunk", SHRUNK)
+    monkeypatch.setattr(running, "PROGRESS_SECONDS", -1)
+    monkeypatch.setattr(inverse_errors, "MUCH", 0)
+    options = ["--preset", "shrunk", "--device", "cpu", "--step-limit", "3", "--out", str(tmp_path)]
+    assert inverse_errors.main(options) == 0
+    first, *lines, _ = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"seed 0: factors of order 257 and 32; products run at \d+ GFLOP/s here and a Cholesky inverse at \d+, so "
+        r"that a measured update takes about \d+ s and a window \d+ min",
+        first,
+    )
+    assert [re.fullmatch(r"seed 0: iteration (\d) of 60, 00:\d\d so far, 0.:\d\d left", x)[1] for x in lines] == [
+        *"123"
+    ]
