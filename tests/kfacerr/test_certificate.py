@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kfacerr.array import norm
@@ -14,7 +14,7 @@ from kfacerr.ea import EAFactor
 from kfacerr.frequent_directions import FrequentDirections
 from kfacerr.lowrank import LowRank
 from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
-from tests.conftest import Backend
+from tests.conftest import Backend, examples
 from tests.strategies import generators, orthogonal, rhos, spectrum, stream, streams
 
 NUMPY = Backend("numpy", np)
@@ -80,7 +80,7 @@ def assert_inverse_holds(certificate, M, estimate, lam, like, *, own_norm=None) 
 
 @DTYPES
 @pytest.mark.parametrize("name", list(CERTIFIED))
-@settings(max_examples=20)
+@examples(20)
 @given(columns=streams(), rho=rhos, r=st.integers(1, 6), phi=st.sampled_from([1e-3, 0.1, 10.0]))
 def test_no_certificate_is_violated(dtype, name, columns, rho, r, phi):
     """Errors in M, with and without continuation, and in the inverse, also for extreme columns."""
