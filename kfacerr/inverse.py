@@ -81,7 +81,9 @@ class DampedInverse:
         return xp.where(D > 0, xp.where(self._complete, 1 / (D + self.lam), h), xp.zeros_like(h))
 
     def apply(self, X: Array) -> Array:
-        """Algorithm 8 l.5 and l.7: O(d m n)."""
+        """Algorithm 8 l.5 and l.7: O(d m n). With m = d one dense product, half of that once it is formed."""
+        if self.lowrank.m >= self.lowrank.d:
+            return self._dense @ X
         return self.lowrank.expand(self.weights[:, None] * self.lowrank.project(X)) + self.shift * X
 
     @cached_property
