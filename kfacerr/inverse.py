@@ -13,7 +13,7 @@ from typing import Protocol
 import array_api_compat as compat
 import numpy as np
 
-from .array import add_to_diagonal, cholesky_inverse, device_array, eps, namespace
+from .array import add_to_diagonal, cholesky_inverse, device_array, eps, namespace, norm
 from .exceptions import InputError
 from .lowrank import LowRank
 from .rsvd import evd
@@ -50,28 +50,40 @@ class Inverse(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DampedInverse:
-    """(M~ + lam I)^-1 with M~ = `lowrank` continued at level tau. lam and tau are 0-d arrays."""
+    """(M~ + lam I)^-1 with M~ = `lowrank` continued at level tau. lam and tau are 0-d arrays.
+
+    It is U diag(weights) U^T + shift I. Where modes are missing the shift is their eigenvalue 1/(lam + tau). Where
+    all d are present it is 0 and the weights are 1/(D + lam): 1/lam, added and taken off again, would cost
+    eps (D + lam)/lam of a result that has no eigenvalue near 1/lam.
+    """
 
     lowrank: LowRank
     lam: Array
     tau: Array
 
     @cached_property
+    def _complete(self) -> Array:
+        """Whether all d modes are present, a 0-d array."""
+        return self.lowrank.modes == self.lowrank.d
+
+    @cached_property
     def shift(self) -> Array:
-        """1/(lam + tau): the inverse's eigenvalue on the missing modes."""
-        return 1 / (self.lam + self.tau)
+        """0-d array."""
+        return namespace(self.lam).where(self._complete, 0 * self.lam, 1 / (self.lam + self.tau))
 
     @cached_property
     def weights(self) -> Array:
-        """(m,) 1/(D + lam) - 1/(lam + tau), without cancellation; 0 on modes that are absent (D = 0)."""
+        """(m,) without cancellation; 0 on modes that are absent (D = 0), whose columns of U may be zero."""
         D = self.lowrank.D
         xp = namespace(D)
         # One quotient after the other: the product of the denominators, a square, may leave the range.
         h = (self.tau - D) / (D + self.lam) / (self.lam + self.tau)
-        return xp.where(D > 0, h, xp.zeros_like(h))
+        return xp.where(D > 0, xp.where(self._complete, 1 / (D + self.lam), h), xp.zeros_like(h))
 
     def apply(self, X: Array) -> Array:
-        """Algorithm 8 l.5 and l.7: O(d m n)."""
+        """Algorithm 8 l.5 and l.7: O(d m n). With m = d one dense product, half of that once it is formed."""
+        if self.lowrank.m >= self.lowrank.d:
+            return self._dense @ X
         return self.lowrank.expand(self.weights[:, None] * self.lowrank.project(X)) + self.shift * X
 
     @cached_property
@@ -119,7 +131,7 @@ def _trace(X: LowRank, trace: Array | None) -> Array:
     if trace is None:
         raise InputError("continuation 'trace' needs the trace of the EA factor")
     xp = namespace(X.D)
-    modes = xp.sum(xp.astype(X.D > 0, X.D.dtype))
+    modes = X.modes
     missing = xp.maximum(X.d - modes, xp.ones_like(modes))
     tau = (trace - X.trace()) / missing
     # What rounding leaves of t - sum D where nothing is missing is not a tail.
@@ -218,7 +230,7 @@ def exact_inverse(M: Array, *, phi: float | None = None, lam: Array | None = Non
 
 
 class Exact(LowRank):
-    """A symmetric p.s.d. M (d, d) as it stands: all d modes, which are computed, by an EVD, only if they are asked for.
+    """A symmetric p.s.d. M (d, d) as it stands: all d modes, which an EVD computes only if they are asked for.
 
     Its damped inverse needs none of them, and no continuation.
     """
@@ -293,7 +305,7 @@ def lambda_max(M: Array) -> float:
         alphas.append(float((V[:, j : j + 1].T @ w)[0, 0]))
         for _ in range(2):
             w = w - V @ (V.T @ w)
-        beta = float(xp.linalg.vector_norm(w))
+        beta = float(norm(w))
         if not np.isfinite(beta + alphas[-1]):
             raise InputError("EA factor: NaN or Inf")
         theta, S = np.linalg.eigh(np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1))

@@ -267,8 +267,7 @@ def _certified_sketch(process: Process, factor: EAFactor) -> Certificate | str:
 
 def _certified_decomposition(low: LowRank, factor: EAFactor) -> Certificate:
     """Of 0 <= low <= M."""
-    square = namespace(factor.M).linalg.vector_norm(factor.M) ** 2  # without a (d, d) temporary
-    return Certificate.of_decomposition(low, factor.trace, square, memory=1 / (1 - factor.rho))
+    return Certificate.of_decomposition(low, factor.trace, norm(factor.M), memory=1 / (1 - factor.rho))
 
 
 def _sketch_flops(process: Process, d: int) -> float:

@@ -13,7 +13,7 @@ from ..algorithms import Algorithm
 from ..array import map_arrays
 from ..exceptions import InputError
 from ..factor import KFactor
-from ..inverse import DampedInverse, DenseInverse, Inverse, precondition, precondition_linear
+from ..inverse import Inverse, precondition, precondition_linear
 from ..process import Process, Settings
 from ..stream import Columns
 from ._direction import Product
@@ -195,16 +195,13 @@ class KFACLayer(Layer):
     # --------------------------------------------------------------------------------------------- step
 
     def inverses(self, phi: float, continuation: str) -> tuple[Inverse, Inverse] | None:
-        """Of G and of A in their factors' units, or None where either is missing.
-
-        Where all d modes are there it is dense: one product a step in place of two, for one when it is made.
-        """
+        """Of G and of A in their factors' units, or None where either is missing."""
         if not self.factors:
             return None
         G, A = (self._inverse(side, phi, continuation) for side in "GA")
-        return None if G is None or A is None else (_applied(G), _applied(A))
+        return None if G is None or A is None else (G, A)
 
-    def _inverse(self, side: str, phi: float, continuation: str) -> DampedInverse | None:
+    def _inverse(self, side: str, phi: float, continuation: str) -> Inverse | None:
         factor = self.factors[side]
         ((name, process),) = factor.processes.items()
         if "continuation" in process.fixed:
@@ -283,10 +280,6 @@ class KFACLayer(Layer):
         if side == "G":
             return (self.dimensions[1],)
         return (self.width, self.width + 1) if self.bias is not None else (self.width,)
-
-
-def _applied(inverse: DampedInverse) -> Inverse:
-    return inverse if inverse.lowrank.m < inverse.lowrank.d else DenseInverse(inverse.dense())
 
 
 def _scaled(X: Any, unit: float) -> Any:

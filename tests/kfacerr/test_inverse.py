@@ -13,6 +13,7 @@ from kfacerr.brand import symmetric_brand
 from kfacerr.exceptions import InputError
 from kfacerr.inverse import (
     CONTINUATIONS,
+    DenseInverse,
     Exact,
     continuation_level,
     damped_inverse,
@@ -22,6 +23,7 @@ from kfacerr.inverse import (
     precondition_linear,
 )
 from kfacerr.lowrank import LowRank
+from kfacerr.metrics import inverse_error
 from tests import reference
 from tests.strategies import SPECTRA, generators, orthogonal, psd, psd_matrices, spectrum
 
@@ -164,6 +166,38 @@ def test_lanczos_survives_invariant_subspaces(xp):
     spike = np.zeros((30, 30))
     spike[3, 3] = 5
     assert lambda_max(xp.array(spike)) == pytest.approx(5, rel=1e-14)
+
+
+@pytest.mark.parametrize("exponent", [-110, -70, -40, 40, 70, 110])
+def test_lanczos_finds_it_over_all_of_float32(xp, exponent):
+    """The residual's squares vanish from 1e-20 on: it seemed to have converged at once."""
+    M = psd(np.random.default_rng(0), "slow decay", 40)
+    top = lambda_max(xp.array(np.ldexp(M, exponent), np.float32))
+    assert np.ldexp(top, -exponent) == pytest.approx(1, rel=2e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("phi", [1e-8, 1e-6, 1e-3, 1.0])
+def test_the_inverse_of_a_complete_float32_representation_does_not_cancel(xp, continuation, phi):
+    """All d modes present and a flat spectrum: 1/lam is far above all eigenvalues of the inverse."""
+    d = 30
+    U, D = orthogonal(np.random.default_rng(0), d), np.linspace(2, 1, d)
+    low, trace = LowRank(xp.array(U, np.float32), xp.array(D, np.float32)), xp.array(D.sum(), np.float32)
+    inverse = damped_inverse(low, phi=phi, continuation=continuation, trace=trace)
+    expected = (U / (D + 2 * phi)) @ U.T
+    X = np.random.default_rng(1).standard_normal((d, 3))
+    applied = xp.numpy(inverse.apply(xp.array(X, np.float32)))
+    for got, true in ((xp.numpy(inverse.dense()), expected), (applied, expected @ X)):
+        assert np.linalg.norm(got - true) <= 4e-7 * np.linalg.norm(true)
+    assert inverse_error(inverse, DenseInverse(xp.array(expected, np.float32))) <= 4e-7
+
+
+def test_an_absent_mode_among_d_keeps_its_eigenvalue(xp):
+    """m = d, but a mode is numerically zero and its column of U too: 1/(lam + tau) is there all the same."""
+    U, D = np.eye(4), np.array([4.0, 2.0, 1.0, 0.0])
+    U[3, 3] = 0
+    inverse = damped_inverse(lift(xp, U, D), phi=0.1, continuation="none")
+    np.testing.assert_allclose(xp.numpy(inverse.dense()), np.diag(1 / (D + 0.4)), rtol=1e-14)
 
 
 @pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-20, 1.0, 1e20, 1e37])

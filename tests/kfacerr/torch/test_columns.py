@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kfacerr.exceptions import InputError
 from kfacerr.torch import ColumnHooks
 from kfacerr.torch.columns import conv2d_columns, layer_columns, linear_columns, weight_matrix
+from tests.conftest import examples
 
-FAST = settings(max_examples=40, deadline=None, derandomize=True)
+FAST = examples(40)
 
 
 class Conv1D(nn.Module):
