@@ -1,7 +1,6 @@
 """Several processes take the steps of one: two gloo processes on the CPU, started once for all tests here."""
 
 import contextlib
-import importlib
 import io
 import logging
 import warnings
@@ -17,7 +16,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from kfacerr import processes
 from kfacerr.exceptions import InputError
+from kfacerr.process import Process
 from kfacerr.torch import KFAC, SENG, factored
 from kfacerr.torch._kfac_layer import KFACLayer
 from kfacerr.torch.distributed import Team, assign
@@ -211,21 +212,20 @@ def _error(call: Any) -> str:
 
 def failing() -> dict[str, Any]:
     """One factor of one process cannot be decomposed."""
-    decompositions: Any = importlib.import_module("kfacerr.rsvd")
-    original = decompositions.eigh_descending
+    original: Any = processes._sketched
 
-    def eigh(K: Tensor, what: str = "matrix") -> Any:
-        if len(K) == 28:
+    def sketched(process: Process, M: Tensor) -> Any:
+        if len(M) == 28:
             raise torch.linalg.LinAlgError("the algorithm failed to converge")
-        return original(K, what)
+        return original(process, M)
 
-    decompositions.eigh_descending = eigh
+    processes._sketched = sketched
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            out = run("convnet", "K-FAC")
+            out = run("convnet", "R-KFAC")
     finally:
-        decompositions.eigh_descending = original
+        processes._sketched = original
     return {**out, "warnings": [str(w.message) for w in caught if w.category is RuntimeWarning]}
 
 

@@ -30,7 +30,7 @@ from tests.kfacerr.torch.cases import (
     vectors,
 )
 
-decompositions = importlib.import_module("kfacerr.rsvd")
+decompositions, inverses = (importlib.import_module(f"kfacerr.{name}") for name in ("rsvd", "inverse"))
 
 
 @pytest.mark.parametrize(
@@ -213,33 +213,49 @@ def _failing_eigh(monkeypatch, fails) -> None:
 def test_a_failed_decomposition_is_tried_again_in_float64(monkeypatch):
     batches = [(x.float(), y) for x, y in (vectors(k) for k in range(6))]
     net, other = mlp(torch.float32), mlp(torch.float32)
-    train(net, KFAC(net, "K-FAC", **BUSY), batches)
+    train(net, KFAC(net, "R-KFAC", **BUSY), batches)
     _failing_eigh(monkeypatch, lambda K: K.dtype == torch.float32)
-    optimizer = KFAC(other, "K-FAC", **BUSY)
+    optimizer = KFAC(other, "R-KFAC", **BUSY)
     train(other, optimizer, batches)
     assert relative(parameters(other), parameters(net)) <= 1e-5
     factor = optimizer.layers["0"].factors["A"]
     assert process_of(factor).estimate.lowrank.D.dtype == factor.average.M.dtype == torch.float32
 
 
-def test_a_decomposition_that_fails_for_good_keeps_the_previous_inverse_and_warns(monkeypatch):
+def _failing_cholesky(monkeypatch, fails) -> None:
+    original = inverses.cholesky_inverse
+
+    def inverse(M, **options):
+        if fails(M):
+            raise InputError("matrix is not positive definite")
+        return original(M, **options)
+
+    monkeypatch.setattr(inverses, "cholesky_inverse", inverse)
+
+
+def test_an_inverse_that_fails_is_the_previous_one_until_the_next_estimate(monkeypatch):
     net = mlp()
     optimizer = KFAC(net, "K-FAC", **{**BUSY, "T_updt": 1, "T_inv": 2})
+    layer = optimizer.layers["0"]
+
+    def dense():
+        return [inverse.dense().clone() for inverse in layer.inverses(0, optimizer.hyper)]
+
     train(net, optimizer, [vectors(0), vectors(1)])
-    kept = {side: process_of(f).estimate.lowrank.D.clone() for side, f in optimizer.layers["0"].factors.items()}
-    _failing_eigh(monkeypatch, lambda K: len(K) == 41)
+    kept = dense()
+    _failing_cholesky(monkeypatch, lambda M: len(M) == 41)
     with pytest.warns(RuntimeWarning, match="layer '0', factor A, step 2: .* previous inverse is kept") as caught:
-        train(net, optimizer, [vectors(2)])
-    assert len(caught) == 1 and "failed to converge" in str(caught[0].message)
-    now = {side: process_of(f).estimate.lowrank.D for side, f in optimizer.layers["0"].factors.items()}
-    assert torch.equal(now["A"], kept["A"]) and not torch.equal(now["G"], kept["G"])
+        train(net, optimizer, [vectors(2), vectors(3)])
+    assert len(caught) == 1 and "not positive definite" in str(caught[0].message)
+    now = dense()
+    assert not torch.equal(now[0], kept[0]) and torch.equal(now[1], kept[1])
     monkeypatch.undo()
-    train(net, optimizer, [vectors(3)])  # not due before step 4, but the failed one is made up for
-    assert not torch.equal(process_of(optimizer.layers["0"].factors["A"]).estimate.lowrank.D, kept["A"])
+    train(net, optimizer, [vectors(4)])
+    assert not torch.equal(dense()[1], kept[1])
 
 
 @pytest.mark.parametrize("part", ["w", "V"])
-@pytest.mark.parametrize("algorithm", ["K-FAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C"])
+@pytest.mark.parametrize("algorithm", ["B-KFAC", "B-R-KFAC", "B-KFAC-C"])
 def test_an_evd_that_gives_nan_is_a_failed_one(algorithm, part, monkeypatch):
     import array_api_compat.torch.linalg as linalg
 
@@ -262,7 +278,7 @@ def test_an_evd_that_gives_nan_is_a_failed_one(algorithm, part, monkeypatch):
         train(net, optimizer, batches[2:])
     said = {str(w.message).partition(", step 2: the decomposition failed")[0] for w in caught}
     assert said >= {"layer '0', factor A", "layer '0', factor G"}
-    assert same(leaves(process_of(factor).state_dict(), ""), leaves(before))
+    assert same(leaves(process_of(factor).state_dict()), leaves(before))
     assert parameters(net).isfinite().all()
     monkeypatch.undo()
     train(net, optimizer, batches[:1])
@@ -283,18 +299,20 @@ def test_an_overwriting_whose_brand_update_fails_is_undone(monkeypatch):
     with pytest.warns(RuntimeWarning) as caught:
         train(net, optimizer, [vectors(2)])
     assert "layer '0', factor A, step 2: the decomposition failed" in str(caught[0].message)
-    assert same(leaves(process_of(factor).state_dict(), ""), leaves(before))
+    assert same(leaves(process_of(factor).state_dict()), leaves(before))
     monkeypatch.undo()
     train(net, optimizer, [vectors(3)])
     assert process_of(factor).clocks["T_rsvd"].last > before["clocks"]["T_rsvd"]["last"]  # it is made up for
 
 
-def test_without_any_estimate_the_step_is_the_plain_gradient(monkeypatch, caplog):
+@pytest.mark.parametrize("algorithm", ["K-FAC", "R-KFAC"])
+def test_without_any_inverse_the_step_is_the_plain_gradient(algorithm, monkeypatch, caplog):
     _failing_eigh(monkeypatch, lambda K: True)
+    _failing_cholesky(monkeypatch, lambda M: True)
     net, other = mlp(), mlp()
     plain = {"lr": 0.1, "clip": None, "weight_decay": 0}
-    with pytest.warns(RuntimeWarning, match="decomposition failed"):
-        train(net, KFAC(net, "K-FAC", **plain), [vectors(0)])
+    with pytest.warns(RuntimeWarning, match="failed"):
+        train(net, KFAC(net, algorithm, **plain), [vectors(0)])
     train(other, torch.optim.SGD(other.parameters(), 0.1), [vectors(0)])
     assert relative(parameters(net), parameters(other)) <= 1e-15
     assert "layer '0', step 0: no estimate yet" in caplog.text
