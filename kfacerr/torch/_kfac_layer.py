@@ -65,6 +65,7 @@ class KFACLayer(Layer):
         self.linear: bool | None = None if asked else False
         self._infos: dict[str, FactorInfo] = {}
         self._kind: tuple[torch.dtype, torch.device] | None = None
+        self._configured: Hyper | None = None
 
     @property
     def with_bias(self) -> bool:
@@ -170,6 +171,9 @@ class KFACLayer(Layer):
 
     def configure(self, hyper: Hyper) -> None:
         """This step's hyper-parameters; a process of the user's own keeps its."""
+        if hyper is self._configured:
+            return
+        self._configured = hyper
         for side, factor in self.factors.items():
             if isinstance(choice_of_side(self.policy, side), str):
                 factor.configure(**hyper.configuration())
@@ -249,7 +253,7 @@ class KFACLayer(Layer):
         def take() -> None:
             if self.asked and state["linear"] is not None:
                 self.linear = state["linear"]
-            self.factors, self._infos = factors, infos
+            self.factors, self._infos, self._configured = factors, infos, None
             self._kind = (saved["A"]["like"].dtype, self.weight.device) if saved else None
 
         return take

@@ -127,10 +127,10 @@ class Follower:
 
     Args:
         modules: the layers; batch norms may be among them.
-        several: as an optimizer wants it: layers whose weight is not trained are passed over, and the captures of
-            several backwards may wait side by side, as micro-batches; those whose gradient has been cleared
-            meanwhile are dropped. If not, a second backward is refused.
+        several: whether the captures of several backwards may wait side by side, as micro-batches. Those whose
+            gradient has been cleared meanwhile are dropped then. If not, a second backward is refused.
         way_out: what errors advise, with "{name!r}" where the layer's name should stand.
+        frozen: whether passes of a layer whose weight is not trained are caught too.
 
     Attributes:
         enabled: whether gradients count.
@@ -138,12 +138,13 @@ class Follower:
         reached: names of the layers that a caught forward went through since the last `take`.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], *, several: bool, way_out: str) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], *, several: bool, way_out: str, frozen: bool = True) -> None:
         self.enabled = True
         self.active: set[str] = set()
         self.reached: set[str] = set()
         self._several = several
         self._way_out = way_out
+        self._frozen = frozen
         self._backward = Backward()
         self._captures: dict[str, list[Capture]] = {}
         self._handles: list[Any] = []
@@ -197,7 +198,7 @@ class Follower:
         if torch._C._are_functorch_transforms_active():
             return
         capture = Capture(module, (*args, *kwargs.values())[0])
-        if self._several and capture.is_of_frozen_weight:
+        if capture.is_of_frozen_weight and not self._frozen:
             return
         self.reached.add(name)
         output.register_hook(lambda grad: self._on_gradient(name, capture, grad))

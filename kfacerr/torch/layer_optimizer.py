@@ -153,7 +153,7 @@ class LayerOptimizer(torch.optim.Optimizer):
             self._follow()
 
     def _hook_up(self) -> None:
-        self._follower = Follower({}, several=True, way_out=self._way_out)
+        self._follower = Follower({}, several=True, way_out=self._way_out, frozen=False)
         weakref.finalize(self, self._follower.close).atexit = False
         for name, layer in self.layers.items():
             self._follower.follow(name, layer.module)

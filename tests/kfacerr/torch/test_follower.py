@@ -509,6 +509,15 @@ def test_only_active_layers_are_caught():
     assert list(follower.take()) == ["3"]
 
 
+def test_frozen_layers_may_be_passed_over():
+    net = _net()
+    net[3].weight.requires_grad_(False)
+    modules = {name: net.get_submodule(name) for name in NAMES}
+    followers = [Follower(modules, several=True, way_out="", frozen=frozen) for frozen in (True, False)]
+    _loss(net, *_batch(torch.float32)).backward()
+    assert [set(follower.take()) for follower in followers] == [{"0", "3", "6"}, {"0", "6"}]
+
+
 def test_under_torch_func_nothing_is_caught():
     net = _net().eval()
     x, y = _batch(torch.float32)
