@@ -185,28 +185,35 @@ class KFACLayer(Layer):
         try:
             self.factors[side].push(k, X, gram=gram, finite=True)
         except InputError as error:
-            warnings.warn(
-                f"layer {self.name!r}, factor {side}, step {k}: the decomposition failed, also in float64; the "
-                f"previous inverse is kept ({error})",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            self._warn(side, k, error)
+
+    def _warn(self, side: str, k: int, error: InputError) -> None:
+        warnings.warn(
+            f"layer {self.name!r}, factor {side}, step {k}: the decomposition failed, also in float64; the "
+            f"previous inverse is kept ({error})",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     # --------------------------------------------------------------------------------------------- step
 
-    def inverses(self, phi: float, continuation: str) -> tuple[Inverse, Inverse] | None:
-        """Of G and of A in their factors' units, or None where either is missing."""
+    def inverses(self, k: int, phi: float, continuation: str) -> tuple[Inverse, Inverse] | None:
+        """Of G and of A in their factors' units, or None where either is missing; warns as `push` does."""
         if not self.factors:
             return None
-        G, A = (self._inverse(side, phi, continuation) for side in "GA")
+        G, A = (self._inverse(side, k, phi, continuation) for side in "GA")
         return None if G is None or A is None else (G, A)
 
-    def _inverse(self, side: str, phi: float, continuation: str) -> Inverse | None:
+    def _inverse(self, side: str, k: int, phi: float, continuation: str) -> Inverse | None:
         factor = self.factors[side]
         ((name, process),) = factor.processes.items()
         if "continuation" in process.fixed:
             continuation = process.settings.continuation
-        return factor.inverse(name, phi=phi, continuation=continuation)
+        try:
+            return factor.inverse(name, phi=phi, continuation=continuation)
+        except InputError as error:
+            self._warn(side, k, error)
+            return factor.inverse(name, phi=phi, continuation=continuation)  # the previous one
 
     def preconditioned(self, inverses: tuple[Inverse, Inverse], columns: Columns | None) -> Tensor | Product:
         """S (d_G, d_A), by Algorithm 8 where there are columns, else by Algorithm 1 l.15-18.

@@ -138,7 +138,9 @@ class Follower:
         reached: names of the layers that a caught forward went through since the last `take`.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], *, several: bool, way_out: str, frozen: bool = True) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], *, several: bool, way_out: str, frozen: bool = True
+    ) -> None:
         self.enabled = True
         self.active: set[str] = set()
         self.reached: set[str] = set()
