@@ -174,6 +174,7 @@ class KFACSettings:
             "weight_decay": config.weight_decay,
             "momentum": config.momentum,
             "continuation": config.continuation,
+            "linear_application": [FIRST_FC] if config.linear_application else False,
             "skip_nonfinite": False,  # a look at every step, for which the host would wait; `Training` looks
             "seed": config.seed,
         }

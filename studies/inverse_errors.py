@@ -16,6 +16,8 @@ that was not.
 import argparse
 import dataclasses
 import sys
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from kfacerr.study import ErrorStudy, Row
 from kfacerr.torch import KFAC, ColumnHooks
 from studies.claims import judge
 from studies.data import Dataset
+from studies.forecast import Pace, Sizes, Speeds, update_seconds, window_seconds
 from studies.presets import PRESETS, Preset
 from studies.running import (
     Outcome,
@@ -57,8 +60,7 @@ __all__ = ["SeedRun", "main"]
 
 LAYER = "fc0"
 SPECTRA_OF = SEVEN[0]  # of own trajectories, the one whose spectra are kept
-BEYOND = ("B-R-KFAC adaptive=1.2", "FD")
-"""Overwriting when the certified error has grown by a fifth, not every 50 iterations; Frequent Directions."""
+MUCH = 300  # seconds of a window, from which on its cost is said in advance
 EVALUATE_EPOCHS = 5  # epochs between looks at the test set
 
 
@@ -132,11 +134,13 @@ class SeedRun:
         self._taken_before: dict[str, dict[str, int]] = {}
         self.recording = recording
         self._writer: RecordingWriter | None = None
+        self._pace = self._forecast()
 
     def _make_study(self, settings: Settings) -> ErrorStudy:
         """What is measured, and how."""
-        measured = {self.own: (self._driven["A"], self._driven["G"])} if self.own else algorithms(self.preset)
-        return ErrorStudy(measured, settings, self.windows, continuations=("min", "trace", "none"))
+        preset = self.preset
+        measured = {self.own: (self._driven["A"], self._driven["G"])} if self.own else preset.algorithms
+        return ErrorStudy(measured, settings, self.windows, continuations=preset.continuations)
 
     @property
     def name(self) -> str:
@@ -152,6 +156,40 @@ class SeedRun:
 
     def advance(self) -> None:
         """One iteration of training, and of measurement where it is due."""
+        kind, started = self._kind(self.training.k), time.perf_counter()
+        self._advance()
+        self._pace.took(kind, time.perf_counter() - started)
+
+    def _kind(self, k: int) -> tuple[bool, bool]:
+        """What iteration k costs by: whether it is measured, and whether it is an update."""
+        return self.study.window(k) is not None, k % self.preset.T_updt == 0
+
+    def seconds_left(self) -> float:
+        """What the iterations still to come will take."""
+        return self._pace.seconds(Counter(map(self._kind, range(self.training.k, self.end))).items())
+
+    def _forecast(self) -> Pace:
+        """Says what a window will cost, if that is much."""
+        preset, fc0 = self.preset, self.training.model.fc0
+        inverses = len(self.study.names) * len(preset.continuations)
+        d_A = fc0.in_features + (fc0.bias is not None)
+        sizes = Sizes(d_A, fc0.out_features, preset.batch_size, preset.rank(0), inverses)
+        speeds = Speeds.measured(getattr(torch, preset.dtype), self.training.device)
+        updates = -(-preset.window_length // preset.T_updt)
+        update = update_seconds(sizes, speeds)
+        window = window_seconds(sizes, speeds, preset.window_length, updates)
+        if window > MUCH:
+            print(
+                f"{self.name}: factors of order {sizes.d_A} and {sizes.d_G}; products run at "
+                f"{speeds.gemm / 1e9:.0f} GFLOP/s here and a Cholesky inverse at {speeds.cholesky / 1e9:.0f}, so "
+                f"that a measured update takes about {update:.0f} s and a window {window / 60:.0f} min",
+                file=sys.stderr,
+                flush=True,
+            )
+        plain = window_seconds(sizes, speeds, 1, 0)
+        return Pace({(True, False): plain, (True, True): plain + update})
+
+    def _advance(self) -> None:
         training, preset = self.training, self.preset
         k, epoch = training.k, training.epoch
         update = k % preset.T_updt == 0
@@ -253,12 +291,6 @@ class SeedRun:
         self.taken, self._taken_before = state["taken"], state["taken_before"]
         self.training.load_state_dict(state["training"])
         self.study.load_state_dict(_to(state["study"], self.training.device))
-
-
-def algorithms(preset: Preset) -> list[str]:
-    """The seven of §4.2; R-KFAC at the rank r + n that the B- variants apply; and what the paper did not have."""
-    rank = preset.rank(preset.window_epochs[0]) + preset.batch_size
-    return [*SEVEN, *(f"{name} rank={rank}" for name in SEVEN if name.startswith("R-KFAC")), *BEYOND]
 
 
 def _to(state: Any, device: torch.device) -> Any:

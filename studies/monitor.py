@@ -24,6 +24,7 @@ import torch
 from figures.monitor import render_monitor
 from kfacerr.algorithms import SEVEN, Settings
 from kfacerr.cli import Parser
+from kfacerr.inverse import DampedInverse
 from kfacerr.stream import Step, Window
 from kfacerr.study import ErrorStudy, Row
 from studies.data import Dataset
@@ -66,7 +67,7 @@ class MonitoredRun(SeedRun):
             damping="common",
         )
 
-    def advance(self) -> None:
+    def _advance(self) -> None:
         training, preset = self.training, self.preset
         k, epoch = training.k, training.epoch
         update = k % preset.T_updt == 0
@@ -101,7 +102,8 @@ class MonitoredRun(SeedRun):
                 if known is None or estimate is None:
                     continue
                 for kind in self.study.continuations:
-                    tau = state.held[name, kind].inverse.tau
+                    inverse = state.held[name, kind].inverse
+                    tau = inverse.tau if isinstance(inverse, DampedInverse) else 0 * state.lam
                     bound = float(known.relative_inverse_bound(estimate.lowrank, state.lam, tau))
                     rows.append(Row(name, k, f"certified_{side}", bound, 0, kind))
         return rows

@@ -11,6 +11,7 @@ _VGG16 = (
     *(512, 512, 512, _POOL),
     *(512, 512, 512, _POOL),
 )
+_LAST = max(i for i, item in enumerate(_VGG16) if item != _POOL)
 _IMAGE_WIDTH = 32  # the pools halve the height only, so the width of the image survives to the FC layer
 _HIDDEN = 2048
 
@@ -22,15 +23,15 @@ class VGG16BN(nn.Module):
     (footnote 21). The FC layers are `model.fc0` ("FC layer 0" of the figures) and `model.fc1`.
     """
 
-    def __init__(self, width: float, classes: int) -> None:
+    def __init__(self, width: float, classes: int, before: float | None = None) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
-        for item in _VGG16:
-            if isinstance(item, str):
+        for position, item in enumerate(_VGG16):
+            if not isinstance(item, int):
                 layers.append(nn.MaxPool2d((2, 1)))
                 continue
-            out = scaled(item, width)
+            out = scaled(item, width if before is None or position == _LAST else before)
             # The bias is redundant before BatchNorm; VGG16_bn has it, so it stays.
             layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
             channels = out
@@ -49,9 +50,12 @@ class VGG16BN(nn.Module):
         return logits
 
 
-def vgg16_bn(width: float = 1.0, classes: int = 10) -> VGG16BN:
-    """The paper's network; `width` scales every channel count and the hidden layer (1 is the paper's)."""
-    return VGG16BN(width, classes)
+def vgg16_bn(width: float = 1.0, classes: int = 10, before: float | None = None) -> VGG16BN:
+    """The paper's network, its channel counts and its hidden layer scaled by `width` (1 is the paper's).
+
+    `before` scales the convolutions before the last by itself, so that fc0 has its size while they are cheap.
+    """
+    return VGG16BN(width, classes, before)
 
 
 def scaled(size: int, width: float) -> int:

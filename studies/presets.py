@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from kfacerr.algorithms import SEVEN
 from kfacerr.stream import Window
 from studies.drivers import settings_for
 from studies.schedules import paper_oversampling, paper_phi, paper_rank
@@ -28,6 +29,11 @@ class Preset:
         dtype: the error analysis computes in.
         driver: of the shared trajectory, see `studies.drivers`.
         amp: the network runs under autocast to bfloat16; factors and the analysis do not.
+        conv_width: of the convolutions before the last; None for `width`.
+        linear_application: the driver applies the first FC layer's inverses by Algorithm 8.
+        equal_rank: algorithms also measured at the rank r + n that the B- variants apply.
+        beyond: algorithms that the paper did not have.
+        continuations: of the spectrum, each measured of each algorithm.
     """
 
     name: str
@@ -47,6 +53,17 @@ class Preset:
     dtype: str = "float64"
     driver: str = "R-KFAC T_inv=50"
     amp: bool = False
+    conv_width: float | None = None
+    linear_application: bool = False
+    equal_rank: tuple[str, ...] = tuple(name for name in SEVEN if name.startswith("R-KFAC"))
+    beyond: tuple[str, ...] = ("B-R-KFAC adaptive=1.2", "FD")
+    continuations: tuple[str, ...] = ("min", "trace", "none")
+
+    @property
+    def algorithms(self) -> list[str]:
+        """All that is measured: the seven of §4.2, some of them at equal rank, and what the paper did not have."""
+        rank = self.rank(self.window_epochs[0]) + self.batch_size
+        return [*SEVEN, *(f"{name} rank={rank}" for name in self.equal_rank), *self.beyond]
 
     def paper_epoch(self, epoch: int) -> int:
         """The epoch of the paper's 50 that stands for `epoch` in its schedules."""
@@ -76,8 +93,9 @@ class Preset:
 
     def training_config(self, driver: str, seed: int, steps_per_epoch: int, device: str) -> TrainingConfig:
         """A driver's settings at the preset's size. Periods are those of §4.2, whatever the size."""
+        own = {name: getattr(self, name) for name in ("schedule_epochs", "conv_width", "linear_application")}
         epochs = max(self.epochs(steps_per_epoch), self.schedule_epochs)
-        return _training_config(self, driver, seed, device, epochs=epochs, schedule_epochs=self.schedule_epochs)
+        return _training_config(self, driver, seed, device, epochs=epochs, **own)
 
 
 PRESETS = {
@@ -104,6 +122,21 @@ PRESETS = {
             schedule_epochs=25,  # of 312 iterations: windows at 2500 and 4680, the paper's at 2925 and 5850
             seeds=(0, 1, 2),
             rank_scale=1 / 8,
+        ),
+        Preset(  # the paper's FC layer 0 and all that surrounds it, behind convolutions that a CPU can train
+            name="paper-layer",
+            dataset="cifar10",
+            n_train=None,
+            width=1.0,
+            conv_width=1 / 8,
+            batch_size=256,
+            window_epochs=(15, 30),
+            seeds=(0,),
+            dtype="float32",
+            linear_application=True,
+            equal_rank=("R-KFAC T_inv=50", "R-KFAC T_inv=300"),  # what C1-C3 and C6 compare
+            beyond=(),
+            continuations=("min", "trace"),
         ),
         Preset(
             name="paper",

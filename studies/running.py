@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import joblib
 import pandas as pd
@@ -48,6 +48,7 @@ __all__ = [
 T = TypeVar("T")
 
 CHECKPOINT_SECONDS = 300
+PROGRESS_SECONDS = 120
 SIGNAL = "by a signal"
 STEP_LIMIT = "at the step limit"
 
@@ -170,6 +171,13 @@ class Run(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class Forecasting(Protocol):
+    """A run that knows what its iterations still to come will take."""
+
+    def seconds_left(self) -> float: ...
+
+
 class Outcome(NamedTuple):
     """What became of a job: its results if there are any, why it stopped, or what went wrong."""
 
@@ -191,6 +199,7 @@ def run_job(name: str, checkpoint: Path, make_run: Callable[[], Run], stop: "Sto
         try:
             if saved is not None:
                 run.load_state_dict(saved)
+                saved = None  # it may be as large as the run
             advance(run, checkpoint, stop)
             return Outcome(name, run.results(), stop.reason)
         except InputError as error:
@@ -200,17 +209,33 @@ def run_job(name: str, checkpoint: Path, make_run: Callable[[], Run], stop: "Sto
 
 
 def advance(run: Run, checkpoint: Path, stop: Callable[[], bool]) -> None:
-    """Runs to the end or until `stop`; saves the state every few minutes and at the end."""
-    saved = time.monotonic()
-    bar = tqdm(total=run.end, initial=run.position, unit="step", desc=run.name, disable=None)
+    """Runs to the end or until `stop`; saves the state every few minutes and at the end.
+
+    Shows a bar on a terminal; elsewhere a run that takes longer says every few minutes where it is.
+    """
+    started = saved = said = time.monotonic()
+    first = run.position
+    bar = tqdm(total=run.end, initial=first, unit="step", desc=run.name, disable=None)
     with bar:
         while not run.finished and not stop():
             run.advance()
             bar.update()
+            now = time.monotonic()
+            if bar.disable and now - said > PROGRESS_SECONDS:
+                said = now
+                mean = (now - started) / (run.position - first)
+                left = run.seconds_left() if isinstance(run, Forecasting) else mean * (run.end - run.position)
+                print(_progress(run, now - started, left), file=sys.stderr, flush=True)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save_checkpoint(checkpoint, run.state_dict())
                 saved = time.monotonic()
     save_checkpoint(checkpoint, run.state_dict())
+
+
+def _progress(run: Run, elapsed: float, left: float) -> str:
+    """One line of a log."""
+    clock = tqdm.format_interval
+    return f"{run.name}: iteration {run.position} of {run.end}, {clock(elapsed)} so far, {clock(left)} left"
 
 
 def in_parallel(jobs: Iterable[Any], count: int, cluster: str = "") -> Iterator[Any]:

@@ -47,6 +47,7 @@ class TrainingConfig:
     Attributes:
         epochs: length of the run; the learning rate's schedule ends there.
         width: of the network, 1 for the paper's.
+        conv_width: of the convolutions before the last, where they have one of their own.
         driver: name of what drives the training, see `DRIVERS`.
         learning_rate: the peak of the driver's schedule.
         augment: random crops, and mirror images where the data set allows them.
@@ -57,6 +58,7 @@ class TrainingConfig:
         equal_rank: R-KFAC has rank r + n on the first FC layer, the rank at which the B- variants are applied.
         amp: the network runs under autocast to bfloat16. Weights, gradients and all that optimizers make of them,
             K-factors first of all, stay float32.
+        linear_application: the K-FAC family applies the first FC layer's inverses by Algorithm 8.
     """
 
     batch_size: int
@@ -74,15 +76,17 @@ class TrainingConfig:
     continuation: str = "min"
     equal_rank: bool = False
     amp: bool = False
+    conv_width: float | None = None
+    linear_application: bool = False
 
     def paper_epoch(self, epoch: int) -> int:
         """The epoch of the paper's 50 that stands for `epoch` in its schedules."""
         return epoch * PAPER_EPOCHS // (self.schedule_epochs or self.epochs)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "width", "learning_rate", "rank_scale"):
+        for name in ("batch_size", "epochs", "width", "learning_rate", "rank_scale", "conv_width"):
             value = getattr(self, name)
-            if not 0 < value < math.inf:
+            if value is not None and not 0 < value < math.inf:
                 raise InputError(f"{name} must be positive, not {value}")
         for name in ("seed", "momentum", "weight_decay", "schedule_epochs"):
             value = getattr(self, name)
@@ -182,7 +186,8 @@ class Training:
             )
         self.k = 0
         torch.manual_seed(derived_seed(config.seed, Purpose.WEIGHTS, 0))
-        model = vgg16_bn(config.width, len(dataset.classes))  # drawn on the CPU: the same for every device
+        # Drawn on the CPU: the same for every device.
+        model = vgg16_bn(config.width, len(dataset.classes), config.conv_width)
         # PyTorch's annotation of Module.to leaves out memory_format alone.
         self.model: VGG16BN = model.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._driver = driver or find_driver(config.driver)

@@ -113,7 +113,7 @@ def test_every_algorithm_metric_iteration_and_seed_has_a_row(whole):
     assert set(variants.continuation) == {"min", "trace", "none"}
     equal_rank = f" rank={RANK + TINY.batch_size}"
     at_equal_rank = {name + equal_rank for name in SEVEN if name.startswith("R-KFAC")}
-    assert set(variants.algorithm) == {*SEVEN, *at_equal_rank, *inverse_errors.BEYOND}
+    assert set(variants.algorithm) == {*SEVEN, *at_equal_rank, *TINY.beyond}
 
 
 def test_decompositions_are_counted_by_window(whole):
@@ -453,3 +453,52 @@ def test_monitoring_resumes_to_the_same_tables(monitored, tmp_path):
 
 def test_monitoring_refuses_what_it_cannot_be_combined_with(tmp_path, capsys):
     assert "--monitor" in _fails(capsys, tmp_path / "no", "--monitor", "--trajectory", "own")
+
+
+# ------------------------------------------------------------------------------------------ preset paper-layer
+
+SHRUNK = dataclasses.replace(
+    PRESETS["paper-layer"],
+    dataset="digits",
+    n_train=80,  # 10 iterations an epoch
+    width=1 / 64,
+    conv_width=1 / 128,
+    batch_size=8,
+    window_epochs=(1, 4),
+    driver="sgd",
+    T_updt=5,
+    window_length=20,
+    rank_scale=1 / 16,
+)
+
+
+def test_a_killed_run_of_the_papers_layer_goes_on_to_the_same_rows(tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "shrunk", SHRUNK)
+    options = ["--preset", "shrunk", "--device", "cpu", "--record", "--out"]
+    assert inverse_errors.main([*options, str(tmp_path / "whole")]) == 0
+    program = f"""
+import os, signal, sys
+from studies import inverse_errors, running
+from studies.presets import PRESETS, Preset
+PRESETS["shrunk"] = {SHRUNK!r}
+running.CHECKPOINT_SECONDS = -1  # after every iteration
+save = running.save_checkpoint
+
+def killed(path, state):
+    if state["training"]["k"] == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(path, state)
+
+running.save_checkpoint = killed
+sys.exit(inverse_errors.main([*{options!r}, {str(tmp_path / "killed")!r}, *sys.argv[2:]]))
+"""
+    for k, resume in ((13, ()), (18, ("--resume",)), (45, ("--resume",))):
+        command = [sys.executable, "-c", program, str(k), *resume]
+        assert subprocess.run(command, capture_output=True, check=False, timeout=120).returncode == -signal.SIGKILL
+    assert inverse_errors.main([*options, str(tmp_path / "killed"), "--resume"]) == 0
+    for name in ("errors.csv", "variants.csv", "spectra.csv", "training.csv", "taken.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    measured = pd.read_csv(tmp_path / "whole" / "variants.csv")
+    assert set(measured.continuation) == {"min", "trace"}
+    at_equal_rank = {f"{name} rank={RANK + SHRUNK.batch_size}" for name in SHRUNK.equal_rank}
+    assert set(measured.algorithm) == {*SEVEN, *at_equal_rank}
