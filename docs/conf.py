@@ -5,11 +5,13 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from kfacerr import __version__
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 project = PROJECT["name"]
-release = PROJECT["version"]
+release = __version__
 author = PROJECT["authors"][0]["name"]
 copyright = author
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
@@ -68,7 +70,7 @@ def _table(rows: list[str]) -> list[str]:
 
 
 def as_rst(lines: list[str]) -> list[str]:
-    """Paragraphs escaped, indented blocks literal, tables tables; napoleon's sections are left to napoleon."""
+    """Paragraphs escaped, indented blocks and doctests literal, tables tables; sections are left to napoleon."""
     out: list[str] = []
     above, blank, literal = 0, True, -1  # indent of the paragraph above; of the text that a literal block is under
     i = 0
@@ -89,6 +91,11 @@ def as_rst(lines: list[str]) -> list[str]:
             end = next((j for j in range(i, len(lines)) if not lines[j].lstrip().startswith("|")), len(lines))
             out += _table(lines[i:end])
             i, blank = end, True
+            continue
+        if line.lstrip().startswith(">>> "):
+            end = next((j for j in range(i, len(lines)) if not lines[j].strip()), len(lines))
+            out += lines[i:end]
+            i, blank = end, False
             continue
         in_item = bool(out) and re.match(r"\s*[-*] ", next((x for x in reversed(out) if x.strip()), ""))
         if blank and indent > above and out and not in_item:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .recording import Recording
     from .verify import verify_layer
 
+__version__ = "0.1.0"
+
 __all__ = [
     "METRICS",
     "SEVEN",
@@ -49,6 +51,7 @@ __all__ = [
     "Settings",
     "Step",
     "Window",
+    "__version__",
     "angle_error",
     "correct",
     "damped_inverse",

@@ -1,19 +1,29 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all, and refused before the work if they could not be written after it."""
 
 import contextlib
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .exceptions import InputError
 
-__all__ = ["write_atomically", "write_text"]
+if TYPE_CHECKING:
+    import filelock
+    import pandas as pd
+
+__all__ = ["check_outputs", "lock", "write_atomically", "write_csv", "write_text"]
 
 
 def write_atomically(path: Path, writer: Callable[[Path], object]) -> None:
     """Have `writer` write a temporary file beside `path`, then rename it: a reader never sees half a file.
 
     Makes missing folders. If the writer fails, or is interrupted, an older `path` is left as it was.
+
+    Args:
+        path: the file.
+        writer: writes the file that it is given; its name ends as `path` does.
 
     Raises:
         InputError: the file cannot be written; names it.
@@ -36,3 +46,55 @@ def write_atomically(path: Path, writer: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path: Path, frame: "pd.DataFrame", *, digits: int = 8) -> None:
+    """Write a table without its index, numbers with `digits` significant digits, atomically."""
+    write_atomically(path, lambda temporary: frame.to_csv(temporary, index=False, float_format=f"%.{digits}g"))
+
+
+def lock(path: Path) -> "filelock.BaseFileLock":
+    """A lock beside `path`, held by this process until `release()`; a dead process holds none.
+
+    Args:
+        path: the file; missing folders are made.
+
+    Returns:
+        The lock, held.
+
+    Raises:
+        InputError: another process holds it, or it cannot be made; names `path`.
+    """
+    import filelock  # with asyncio; readers need neither
+
+    held = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except filelock.Timeout:
+        raise InputError(f"{path}: in use by another process") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be locked: {error.strerror or error}") from error
+    return held
+
+
+def check_outputs(written: Mapping[str, Path], others: Mapping[str, Path]) -> None:
+    """Refuses what would fail, or do harm, when it is written after a long computation.
+
+    Args:
+        written: files to be written, by what a message calls them ("--out").
+        others: files that none of these may replace, by what a message calls them ("the recording itself").
+
+    Raises:
+        InputError: a folder is missing or closed, a name is that of a folder, or two names are of one file.
+    """
+    for path in written.values():
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: the folder {path.parent} does not exist")
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder, a file's name is needed")
+        if not os.access(path.parent, os.W_OK):
+            raise InputError(f"{path}: the folder {path.parent} is not writable")
+    for (what, path), (_, other) in itertools.combinations({**others, **written}.items(), 2):
+        if path.resolve() == other.resolve():
+            raise InputError(f"{other}: is {what}, another name is needed")

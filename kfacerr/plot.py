@@ -3,6 +3,7 @@
 No global matplotlib state is touched. The same table gives the same file, byte for byte.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from .algorithms import Algorithm
 from .exceptions import InputError
 from .files import write_atomically
 from .study import by_window
@@ -29,7 +31,7 @@ METRIC_LABELS = {
 ROUNDING = 1e-9  # errors below are rounding: float64 leaves 1e-14, float32 1e-7 squared in the angle
 
 _STYLES = {  # Okabe-Ito colours; the line style tells them apart without colour
-    "K-FAC T_inv=50": ("#000000", "-"),
+    "K-FAC T_inv=50": (None, "-"),  # the text's
     "R-KFAC T_inv=50": ("#0072B2", "-"),
     "R-KFAC T_inv=10": ("#56B4E9", "--"),
     "R-KFAC T_inv=300": ("#CC79A7", "-."),
@@ -40,22 +42,32 @@ _STYLES = {  # Okabe-Ito colours; the line style tells them apart without colour
 _SPARE = [(c, s) for s in ((0, (3, 1, 1, 1)), (0, (5, 3)), ":") for c, _ in _STYLES.values()]
 
 
-def style(algorithms: Sequence[str]) -> dict[str, tuple[str, Any]]:
+def style(algorithms: Sequence[str], *, dark: bool = False) -> dict[str, tuple[str, Any]]:
     """Colour and line style of each algorithm: fixed for the paper's seven, the same in every figure.
 
     Others take the colour of the one that they vary ("R-KFAC T_inv=50 rank=476"), while there are line styles.
     """
     free = list(_SPARE)
-    styles: dict[str, tuple[str, Any]] = {}
+    styles: dict[str, tuple[Any, Any]] = {}
     for name in algorithms:
         if name in _STYLES:
             styles[name] = _STYLES[name]
             continue
-        colour = next((c for base, (c, _) in _STYLES.items() if name.startswith(f"{base} ")), None)
         free = free or list(_SPARE)
-        styles[name] = next((look for look in free if look[0] == colour), free[0])
+        varied = next((look for base, look in _STYLES.items() if _varies(name, base)), None)
+        styles[name] = next((look for look in free if varied and look[0] == varied[0]), free[0])
         free.remove(styles[name])
-    return styles
+    text = "#ffffff" if dark else "#000000"
+    return {name: (colour or text, line) for name, (colour, line) in styles.items()}
+
+
+def _varies(name: str, base: str) -> bool:
+    """Whether a name has all settings of the base, and more; a name that is no algorithm's varies none."""
+    try:
+        one, other = Algorithm.parse(name), Algorithm.parse(base)
+    except InputError:
+        return False
+    return one.base == other.base and set(other.own) < set(one.own)
 
 
 def error_curves(frame: pd.DataFrame, metric: str, block: int) -> pd.DataFrame:
@@ -95,7 +107,21 @@ def _limits(curves: pd.DataFrame) -> tuple[float, float] | None:
     return low / margin, high * margin
 
 
-def error_figure(frame: pd.DataFrame, metrics: Sequence[str], *, block: int = 10, title: str = "") -> Figure:
+_DARK: Any = {
+    "figure.facecolor": "#111111",
+    "axes.facecolor": "#111111",
+    "savefig.facecolor": "#111111",
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), "#eeeeee"),
+    "grid.color": "#555555",
+}
+
+_WIDTHS = (2.6, 0.9)
+"""Of the first curve and the last: a curve that lies on another leaves its edges to be seen."""
+
+
+def error_figure(
+    frame: pd.DataFrame, metrics: Sequence[str], *, block: int = 10, title: str = "", dark: bool = False
+) -> Figure:
     """Figure 1 (metrics (1), (2)) or Figure 2 (metrics (3), (4)): log scale, mean over seeds, band min to max.
 
     Args:
@@ -103,43 +129,49 @@ def error_figure(frame: pd.DataFrame, metrics: Sequence[str], *, block: int = 10
         metrics: the columns of the figure.
         block: iterations averaged, T_updt.
         title: one line above the figure.
+        dark: for a dark background.
+
+    Returns:
+        Windows by metrics; `save` writes it.
     """
     windows = by_window(frame)
-    algorithms = list(dict.fromkeys(frame.algorithm))
-    styles = style(algorithms)
-    figure = Figure(figsize=(2.6 * len(metrics), 1.7 * len(windows) + 0.8), layout="constrained")
-    axes = figure.subplots(len(windows), len(metrics), squeeze=False, sharex=True)
-    for row, (label, window) in enumerate(windows):
-        for column, metric in enumerate(metrics):
-            ax = axes[row, column]
-            curves = error_curves(window, metric, block)
-            for name in algorithms:
-                curve = curves[curves.algorithm == name]
-                if curve.empty:
-                    continue
-                colour, line = styles[name]
-                # The error is constant over a block, so each is drawn as a step of the block's length.
-                x = np.append(curve.iteration, curve.iteration.max() + block)
-                y, low, high = (np.append(curve[c], curve[c].iloc[-1]) for c in ("mean", "low", "high"))
-                ax.step(x, y, where="post", color=colour, linestyle=line, linewidth=1.0)
-                ax.fill_between(x, low, high, step="post", color=colour, alpha=0.12, linewidth=0)
-            if (limits := _limits(curves)) is not None:
-                ax.set_yscale("log", nonpositive="clip")
-                ax.set_ylim(limits)
-            ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
-            ax.tick_params(which="both", labelsize=7)
-            ax.margins(x=0)
-            if row == 0:
-                ax.set_title(METRIC_LABELS.get(metric, metric), fontsize=8)
-            if row == len(windows) - 1:
-                ax.set_xlabel("iteration in the window", fontsize=8)
-            if column == 0:
-                ax.set_ylabel(label, fontsize=8)
-    handles = [Line2D([], [], color=c, linestyle=s, linewidth=1.0, label=name) for name, (c, s) in styles.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
-    if title:
-        figure.suptitle(title, fontsize=8)
+    styles = style(list(dict.fromkeys(frame.algorithm)), dark=dark)
+    with mpl.rc_context(_DARK if dark else {}):
+        figure = Figure(figsize=(2.6 * len(metrics), 1.7 * len(windows) + 0.8), layout="constrained")
+        axes = figure.subplots(len(windows), len(metrics), squeeze=False, sharex=True)
+        for row, (label, window) in enumerate(windows):
+            for column, metric in enumerate(metrics):
+                _panel(axes[row, column], error_curves(window, metric, block), styles, block)
+                if row == 0:
+                    axes[row, column].set_title(METRIC_LABELS.get(metric, metric), fontsize=8)
+                if row == len(windows) - 1:
+                    axes[row, column].set_xlabel("iteration in the window", fontsize=8)
+            axes[row, 0].set_ylabel(f"{label}\nerror", fontsize=8)
+        handles = [Line2D([], [], color=c, linestyle=s, linewidth=1.2, label=n) for n, (c, s) in styles.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+        if title:
+            figure.suptitle(title, fontsize=8)
     return figure
+
+
+def _panel(ax: Any, curves: pd.DataFrame, styles: dict[str, tuple[str, Any]], block: int) -> None:
+    """One window and metric: each curve a step function, thinner than those below it."""
+    for name, width in zip(styles, np.linspace(*_WIDTHS, len(styles)), strict=True):
+        curve = curves[curves.algorithm == name]
+        if curve.empty:
+            continue
+        colour, line = styles[name]
+        # The error is constant over a block, so each is drawn as a step of the block's length.
+        x = np.append(curve.iteration, curve.iteration.max() + block)
+        y, low, high = (np.append(curve[c], curve[c].iloc[-1]) for c in ("mean", "low", "high"))
+        ax.step(x, y, where="post", color=colour, linestyle=line, linewidth=width)
+        ax.fill_between(x, low, high, step="post", color=colour, alpha=0.12, linewidth=0)
+    if (limits := _limits(curves)) is not None:
+        ax.set_yscale("log", nonpositive="clip")
+        ax.set_ylim(limits)
+    ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
+    ax.tick_params(which="both", labelsize=7)
+    ax.margins(x=0)
 
 
 _UNDATED: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".png": {}, ".svg": {"Date": None}}
@@ -151,8 +183,9 @@ def check_format(path: Path) -> None:
         raise InputError(f"{path}: a figure's name must end in {', '.join(_UNDATED)}")
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes the figure in the format of the path's suffix, without a date."""
+    path = Path(path)
     check_format(path)
     with mpl.rc_context({"svg.hashsalt": "kfacerr"}):
         write_atomically(path, lambda p: figure.savefig(p, dpi=300, metadata=_UNDATED[path.suffix]))

@@ -20,16 +20,19 @@ import numpy as np
 
 from .array import to_numpy
 from .exceptions import InputError
+from .files import lock
 from .recording import (
     FORMAT,
-    VERSION,
+    VERSIONS,
     LayerRecording,
     Recording,
+    check_own,
     check_windows,
     closed_on_error,
     first_line,
     layer_groups,
     listed,
+    member,
     open_file,
     series_names,
     to_windows,
@@ -69,7 +72,14 @@ class RecordingWriter:
         self.path = Path(path)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._last: dict[str, int] = {}  # the last k of each layer
-        self._file = self._reopen() if resume else self._create(overwrite)
+        if self.path.is_dir():
+            raise InputError(f"{self.path}: is a folder, a file's name is needed")
+        self._lock = lock(self.path)  # before anything is opened: h5py empties a file before it asks for its own
+        try:
+            self._file = self._reopen() if resume else self._create(overwrite)
+        except BaseException:
+            self._lock.release()
+            raise
 
     @property
     def layers(self) -> list[str]:
@@ -85,7 +95,7 @@ class RecordingWriter:
         *,
         d_A: int,
         d_G: int,
-        n: int,
+        n: int | None,
         bias: bool,
         batch_size: int,
         update_every: int,
@@ -96,7 +106,8 @@ class RecordingWriter:
 
         Args:
             layer: its name; dots are welcome, slashes are not (HDF5 would nest).
-            d_A, d_G, n: the columns' shapes are (d_A, n) and (d_G, n).
+            d_A, d_G, n: the columns' shapes are (d_A, n) and (d_G, n); None for an n that varies from step to
+                step, which makes the file one of version 2.
             bias: whether the last row of A is the constant of the bias.
             batch_size: samples in a batch.
             update_every: T_updt.
@@ -111,26 +122,32 @@ class RecordingWriter:
         storage = np.dtype(dtype)
         if storage not in (np.dtype(np.float32), np.dtype(np.float16)):
             raise InputError(f"layer {layer!r}: float32 or float16 is needed, got {storage}")
-        sizes = {"d_A": d_A, "d_G": d_G, "n": n, "batch_size": batch_size, "update_every": update_every}
+        sizes = {"d_A": d_A, "d_G": d_G, "batch_size": batch_size, "update_every": update_every}
+        sizes |= {} if n is None else {"n": n}
         for key, value in sizes.items():
-            if value < 1:
-                raise InputError(f"layer {layer!r}: {key} must be positive, got {value}")
+            _check_whole(value, 1, f"layer {layer!r}: {key}")
+        for window in windows:
+            for value in window:
+                _check_whole(value, 0, f"layer {layer!r}: a window's entry")
         rows = np.array([tuple(w) for w in windows], dtype=np.int64).reshape(-1, 3)
         check_windows(rows, f"layer {layer!r}")
         if layer in self._last:
-            self._check_same(layer, sizes | {"bias": bias, "dtype": storage}, rows)
+            self._check_same(layer, sizes | {"bias": bias, "dtype": storage}, n is None, rows)
             return
         group = self._file["layers"].create_group(layer)
         group.attrs["bias"] = np.bool_(bias)
         group.attrs["batch_size"] = batch_size
         group.attrs["update_every"] = update_every
         group.create_dataset("windows", data=rows)
+        if n is None:
+            self._file.attrs["version"] = VERSIONS[-1]
+            _create_series(group, "n", np.int64)
         for name, d in (("A", d_A), ("G", d_G)):
             group.create_dataset(
                 name,
-                shape=(0, d, n),
+                shape=(0, d, n or 1),
                 maxshape=(None, d, n),
-                chunks=(1, d, n),
+                chunks=(1, d, n or batch_size),
                 dtype=storage,
                 fletcher32=True,
                 fillvalue=np.nan,  # a step whose columns never reached the disk reads as NaN and is refused
@@ -149,11 +166,16 @@ class RecordingWriter:
         """
         group = self._group(layer)
         where = f"layer {layer!r}, iteration {step.k}"
+        _check_whole(step.k, 0, f"layer {layer!r}: k")
+        _check_whole(step.update, 0, f"{where}: update", most=1)
         if step.k <= self._last[layer]:
             raise InputError(f"{where}: iterations must increase from 0, the last was {self._last[layer]}")
-        arrays = {name: _to_storage(getattr(step, name), group[name], f"{where}: {name}") for name in "AG"}
+        arrays = {name: _to_storage(getattr(step, name), group, name, f"{where}: {name}") for name in "AG"}
+        n, n_G = arrays["A"].shape[1], arrays["G"].shape[1]
+        if n != n_G:
+            raise InputError(f"{where}: A has {n} columns and G has {n_G}")
         count = group["k"].shape[0]
-        series: dict[str, Any] = {"update": step.update}
+        series: dict[str, Any] = {"update": step.update} | ({"n": n} if "n" in group else {})
         if step.phi is not None:
             if not (math.isfinite(step.phi) and step.phi > 0):
                 raise InputError(f"{where}: phi must be positive and finite, got {step.phi}")
@@ -165,12 +187,15 @@ class RecordingWriter:
         if "phi" in series and "phi" not in group:
             _create_series(group, "phi", np.float64)
         try:
+            for name, value in arrays.items():
+                group[name].resize((count + 1, value.shape[0], max(n, group[name].shape[2])))
+                group[name][count, :, :n] = value
             # k comes last: a step counts once its k is there.
-            for name, value in (arrays | series | {"k": step.k}).items():
+            for name, value in (series | {"k": step.k}).items():
                 group[name].resize(count + 1, axis=0)
                 group[name][count] = value
             self._file.flush()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             _cut(group, count)
             raise InputError(f"{self.partial}: {where} cannot be written: {first_line(error)}") from error
         except BaseException:
@@ -192,11 +217,13 @@ class RecordingWriter:
         if self._file:
             self._file.close()
             os.replace(self.partial, self.path)
+            self._lock.release()
 
     def suspend(self) -> None:
         """Closes the file but leaves it `<path>.partial`, to be resumed."""
         if self._file:
             self._file.close()
+            self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -227,7 +254,7 @@ class RecordingWriter:
         except OSError as error:
             raise InputError(f"{self.partial}: cannot be created: {first_line(error)}") from error
         file.attrs["format"] = FORMAT
-        file.attrs["version"] = VERSION
+        file.attrs["version"] = VERSIONS[0]
         file.create_group("layers")
         file.flush()
         return file
@@ -240,9 +267,17 @@ class RecordingWriter:
                 for layer in finished.layers:
                     finished.layer(layer)
             os.replace(self.path, self.partial)
+        try:
+            return self._continued()
+        except InputError as error:
+            raise InputError(f"{error} (to start anew pass overwrite, or remove the file)") from error
+
+    def _continued(self) -> h5py.File:
         file = open_file(self.partial, "r+")
         with closed_on_error(file, self.partial):
-            for layer, group in layer_groups(file).items():
+            for layer in layer_groups(file):
+                group = member(file["layers"], layer, f"{self.partial}: layer {layer!r}")
+                check_own(group, f"{self.partial}: layer {layer!r}")  # before anything is written
                 _cut(group, _intact_steps(group))
                 steps = LayerRecording(self.partial, layer, group).k  # refuses what a reader would refuse
                 if not all(group[name].maxshape[0] is None for name in series_names(group)):
@@ -255,8 +290,10 @@ class RecordingWriter:
             raise InputError(f"{self.path}: layer {layer!r} has not been added; there are {listed(self._last)}")
         return self._file["layers"][layer]
 
-    def _check_same(self, layer: str, described: dict[str, Any], windows: np.ndarray) -> None:
+    def _check_same(self, layer: str, described: dict[str, Any], varies: bool, windows: np.ndarray) -> None:
         there = LayerRecording(self.partial, layer, self._group(layer))
+        if varies != (there.widths is not None):
+            raise InputError(f"{self.partial}: layer {layer!r} was recorded with n that varies, or now varies")
         for key, value in described.items():
             if (found := getattr(there, key)) != value:
                 raise InputError(f"{self.partial}: layer {layer!r} was recorded with {key} = {found}, not {value}")
@@ -269,14 +306,27 @@ def _create_series(group: Any, name: str, dtype: Any) -> None:
     group.create_dataset(name, shape=(0,), maxshape=(None,), chunks=(1024,), dtype=dtype)
 
 
-def _to_storage(array: Array, dataset: Any, where: str) -> np.ndarray:
-    """The columns as a finite host array of the dataset's shape and dtype."""
+def _check_whole(value: Any, least: int, what: str, most: float = math.inf) -> None:
+    """Refuses what is no whole number in a range: also 0.5, NaN and None, which HDF5 would round."""
+    try:
+        fits = value == int(value) and least <= value <= most
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        limit = f"of at least {least}" if most == math.inf else f"in {least}..{most}"
+        raise InputError(f"{what} must be a whole number {limit}, got {value!r}")
+
+
+def _to_storage(array: Array, group: Any, name: str, where: str) -> np.ndarray:
+    """The columns as a finite host array of the dataset's d and dtype, and of its n unless that varies."""
+    dataset = group[name]
     try:
         host = to_numpy(array)
     except TypeError as error:  # torch's bfloat16 has no NumPy dtype
         raise InputError(f"{where} cannot become a NumPy array: {first_line(error)}") from error
-    if host.shape != dataset.shape[1:]:
-        raise InputError(f"{where} has shape {host.shape}, but {dataset.shape[1:]} is recorded")
+    expected = dataset.shape[1:] if "n" not in group else (dataset.shape[1], *host.shape[1:2])
+    if host.shape != expected:
+        raise InputError(f"{where} has shape {host.shape}, but {expected} is recorded")
     if host.dtype.kind != "f":
         raise InputError(f"{where} has dtype {host.dtype}; real floating columns are needed")
     if not np.isfinite(host).all():

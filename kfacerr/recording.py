@@ -1,17 +1,21 @@
 """K-factor recordings on disk: a layer's stream of steps in HDF5, written once, replayed at will.
 
-The layout (format "kfacerr-recording", version 1), which any program may write:
+The layout (format "kfacerr-recording", version 1 or 2), which any program may write:
 
-    /                  attributes format = "kfacerr-recording", version = 1
+    /                  attributes format = "kfacerr-recording", version = 1 or 2
     /layers/<name>     attributes bias, batch_size, update_every
         k              (N,) int64, strictly increasing iterations
         update         (N,) uint8, 1 where the EA factors take this step's columns
         A, G           (N, d_A, n), (N, d_G, n) float32 or float16, chunked one step per chunk
         windows        (W, 3) int64 rows: first k, length in iterations, epoch
         phi            (N,) float64, optional damping ratio of each iteration
+        n              (N,) int64, version 2 alone, optional: the step has this many columns, the first of its n
 
 Further attributes, datasets and groups are ignored, also in /layers: a layer is a group that has k, A or G.
 Steps outside the windows need only be there where `update` is 1.
+
+A file is data and leads nowhere else: soft and external links, external storage, virtual datasets and object types
+are refused, and sizes are held against the file's own before anything is read.
 
 `kfacerr.recorder` writes it.
 """
@@ -19,7 +23,7 @@ Steps outside the windows need only be there where `update` is 1.
 import itertools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,12 +34,13 @@ import numpy as np
 from .exceptions import InputError
 from .stream import Step, Window
 
-__all__ = ["FORMAT", "VERSION", "LayerRecording", "Recording"]
+__all__ = ["FORMAT", "VERSIONS", "LayerRecording", "Recording"]
 
 FORMAT = "kfacerr-recording"
-VERSION = 1
+VERSIONS = (1, 2)
 
-_UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError)  # what h5py raises on damaged bytes
+# What h5py raises on damaged bytes.
+_UNREADABLE = (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError)
 
 
 class Recording:
@@ -49,6 +54,7 @@ class Recording:
 
     Attributes:
         path: the file.
+        version: of its format.
         layers: the names of the layers it holds.
 
     Raises:
@@ -59,18 +65,19 @@ class Recording:
         self.path = Path(path)
         self._file = open_file(self.path, "r")
         with closed_on_error(self._file, self.path):
-            self._groups = layer_groups(self._file)
+            self.version = int(self._file.attrs["version"])
+            self.layers = layer_groups(self._file)
         self._layers: dict[str, LayerRecording] = {}
-        self.layers = list(self._groups)
 
     def layer(self, name: str) -> "LayerRecording":
         """The named layer, validated; an InputError names its fault, or lists the layers there are."""
-        if name not in self._groups:
+        if name not in self.layers:
             hint = " (layer names must not contain '/')" if "/" in name else ""
             raise InputError(f"{self.path}: no layer {name!r}; there are {listed(self.layers)}{hint}")
         if name not in self._layers:
             with _in_one_line(self.path):
-                self._layers[name] = LayerRecording(self.path, name, self._groups[name])
+                group = member(self._file["layers"], name, f"{self.path}: layer {name!r}")
+                self._layers[name] = LayerRecording(self.path, name, group)
         return self._layers[name]
 
     def info(self) -> dict[str, Any]:
@@ -84,7 +91,7 @@ class Recording:
         return {
             "path": str(self.path),
             "format": FORMAT,
-            "version": VERSION,
+            "version": self.version,
             "bytes": self.path.stat().st_size,
             "layers": layers,
             "faults": faults,
@@ -107,7 +114,8 @@ class LayerRecording:
 
     Attributes:
         name: the layer.
-        d_A, d_G, n: its columns' shapes are (d_A, n) and (d_G, n).
+        d_A, d_G, n: its columns' shapes are (d_A, n) and (d_G, n); at most n where `widths` is given.
+        widths: (N,) int64, the columns of each step; None where all have n.
         dtype: of the columns as stored.
         bias, batch_size, update_every: see `kfacerr.recorder.RecordingWriter.add_layer`.
         windows: list of `Window`, in the order of their start.
@@ -119,13 +127,13 @@ class LayerRecording:
     def __init__(self, path: Path, name: str, group: Any) -> None:
         self.path, self.name = path, name
         where = f"{path}: layer {name!r}"
-        self._A, self._G, self.k, self.update, self.phi, windows = _read_datasets(group, where)
+        self._A, self._G = _columns_of(group, where)
+        self.k, self.update, self.phi, self.widths, self.windows = _read_series(group, where)
         self.d_A, self.d_G, self.n = self._A.shape[1], self._G.shape[1], self._A.shape[2]
         self.dtype = self._A.dtype
         self.bias = bool(_read_integer(group, "bias", where, 0))
         self.batch_size = _read_integer(group, "batch_size", where, 1)
         self.update_every = _read_integer(group, "update_every", where, 1)
-        self.windows = to_windows(windows)
 
     def __len__(self) -> int:
         return len(self.k)
@@ -149,7 +157,8 @@ class LayerRecording:
         """
         for i in range(len(self)):
             where = f"{self.path}: layer {self.name!r}, iteration {self.k[i]}"
-            A, G = _read_columns(self._A, i, f"{where}: A"), _read_columns(self._G, i, f"{where}: G")
+            n = self.n if self.widths is None else int(self.widths[i])
+            A, G = _read_columns(self._A, i, n, f"{where}: A"), _read_columns(self._G, i, n, f"{where}: G")
             phi = None if self.phi is None else float(self.phi[i])
             yield Step(int(self.k[i]), A, G, bool(self.update[i]), phi)
 
@@ -158,7 +167,7 @@ class LayerRecording:
         return {
             "d_A": self.d_A,
             "d_G": self.d_G,
-            "n": self.n,
+            "n": self.n if self.widths is None else f"up to {self.n}",
             "bias": self.bias,
             "batch_size": self.batch_size,
             "update_every": self.update_every,
@@ -182,7 +191,12 @@ class LayerRecording:
 
 def open_file(path: Path, mode: str) -> h5py.File:
     """The HDF5 file, once its format, version and /layers group are as they should be."""
-    if not path.is_file():
+    try:
+        with path.open("rb") if path.is_file() else nullcontext() as there:
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if there is None:
         raise InputError(f"{path}: no such file")
     if not h5py.is_hdf5(path):
         raise InputError(f"{path}: not an HDF5 file")
@@ -218,17 +232,27 @@ def _in_one_line(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: truncated or damaged: {first_line(error)}") from error
 
 
-def layer_groups(file: h5py.File) -> dict[str, Any]:
-    """The layers' groups by name, not validated; whatever else is in /layers is left out.
+def layer_groups(file: h5py.File) -> list[str]:
+    """The layers' names; whatever else is in /layers is left out. A link is named, and refused when asked for."""
+    layers = file["layers"]
+    return [name for name in layers if not _is_hard(layers, name) or _is_layer(layers[name])]
 
-    `get` is None for a link that leads nowhere.
-    """
-    found = {name: file["layers"].get(name) for name in file["layers"]}
-    return {
-        name: group
-        for name, group in found.items()
-        if isinstance(group, h5py.Group) and any(part in group for part in ("k", "A", "G"))
-    }
+
+def _is_layer(entry: Any) -> bool:
+    return isinstance(entry, h5py.Group) and any(part in entry for part in ("k", "A", "G"))
+
+
+def _is_hard(group: Any, name: str) -> bool:
+    return isinstance(group.get(name, getlink=True), h5py.HardLink)
+
+
+def member(group: Any, name: str, where: str) -> Any:
+    """What a group holds by that name, None if nothing; refuses links, which may lead out of the file."""
+    if name not in group and group.get(name, getlink=True) is None:
+        return None
+    if not _is_hard(group, name):
+        raise InputError(f"{where}: {name} is a soft or external link, which is not followed: copy the data in")
+    return group[name]
 
 
 def _check_root(file: h5py.File, path: Path) -> None:
@@ -240,47 +264,87 @@ def _check_root(file: h5py.File, path: Path) -> None:
     if kind != FORMAT:
         raise InputError(f"{path}: not a {FORMAT} (attribute format is {kind!r})")
     version = _read_integer(file, "version", str(path), 0)
-    if version != VERSION:
-        raise InputError(f"{path}: version {version} of the format is not supported, only {VERSION}")
-    if not isinstance(file.get("layers"), h5py.Group):
+    if version not in VERSIONS:
+        raise InputError(f"{path}: version {version} of the format is not supported, only {listed(VERSIONS)}")
+    if not isinstance(member(file, "layers", str(path)), h5py.Group):
         raise InputError(f"{path}: has no group /layers")
     if not all(isinstance(name, str) for name in file["layers"]):
         raise InputError(f"{path}: truncated or damaged: a layer's name is not UTF-8")
 
 
-def _read_datasets(
-    group: Any, where: str
-) -> tuple[Any, Any, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
-    """A and G as datasets; k, update, phi and the windows' rows as arrays; all of them validated."""
-    required = ("k", "update", "A", "G", "windows")
-    missing = [name for name in required if not isinstance(group.get(name), h5py.Dataset)]
+def _dataset(group: Any, name: str, where: str) -> Any:
+    """A dataset that stands in the file itself, or None if there is nothing of that name."""
+    found = member(group, name, where)
+    if found is None:
+        return None
+    if not isinstance(found, h5py.Dataset):
+        raise InputError(f"{where}: {name} is not a dataset")
+    if found.external or found.is_virtual:
+        kind = "external storage" if found.external else "a virtual dataset"
+        raise InputError(f"{where}: {name} is {kind}, which is not followed: copy the data in")
+    return found
+
+
+def check_own(group: Any, where: str) -> None:
+    """Refuses a layer any of whose datasets stands elsewhere."""
+    for name in (*series_names(group), "windows"):
+        _dataset(group, name, where)
+
+
+def _check_claim(dataset: Any, elements: int, where: str) -> None:
+    """Refuses to read more than the file can hold; HDF5's own compression gives at most 1000 to 1."""
+    claimed, held = elements * dataset.dtype.itemsize, os.path.getsize(dataset.file.filename)
+    if claimed > max(1000 * held, 1 << 20):
+        raise InputError(f"{where}: claims {claimed:,} bytes in a file of {held:,}: truncated or damaged")
+
+
+def _columns_of(group: Any, where: str) -> tuple[Any, Any]:
+    """A and G as datasets."""
+    found = {name: _dataset(group, name, where) for name in ("k", "update", "A", "G", "windows")}
+    missing = [name for name, dataset in found.items() if dataset is None]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}")
     for name in "AG":
-        if group[name].ndim != 3 or group[name].dtype.kind != "f" or 0 in group[name].shape[1:]:
-            raise InputError(
-                f"{where}: {name} must be float32 or float16 (N, d, n), is {group[name].dtype} {group[name].shape}"
-            )
-    if group["A"].shape[2] != group["G"].shape[2]:
-        raise InputError(f"{where}: A has {group['A'].shape[2]} columns a step, G has {group['G'].shape[2]}")
-    phi = group.get("phi")
-    kinds = {"k": "iu", "update": "iub"} | ({} if phi is None else {"phi": "fiu"})
-    for name, allowed in kinds.items():
-        if not isinstance(group[name], h5py.Dataset):
-            raise InputError(f"{where}: {name} is not a dataset")
-        if group[name].ndim != 1 or group[name].dtype.kind not in allowed:
+        X = found[name]
+        if X.ndim != 3 or X.dtype.kind != "f" or 0 in X.shape[1:]:
+            raise InputError(f"{where}: {name} must be float32 or float16 (N, d, n), is {X.dtype} {X.shape}")
+        _check_claim(X, X.shape[1] * X.shape[2], f"{where}: a step of {name}")
+    if found["A"].shape[2] != found["G"].shape[2]:
+        raise InputError(f"{where}: A has {found['A'].shape[2]} columns a step, G has {found['G'].shape[2]}")
+    return found["A"], found["G"]
+
+
+def _read_series(
+    group: Any, where: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None, list[Window]]:
+    """k, update, phi and n, each (N,), and the windows; all of them validated."""
+    varies = group.file.attrs["version"] >= 2
+    kinds = {"k": "iu", "update": "iub", "phi": "fiu"} | ({"n": "iu"} if varies else {})
+    found = {name: _dataset(group, name, where) for name in kinds}
+    found = {name: dataset for name, dataset in found.items() if dataset is not None}
+    for name, dataset in found.items():
+        if dataset.ndim != 1 or dataset.dtype.kind not in kinds[name]:
             expected = "real" if name == "phi" else "integer"
-            raise InputError(
-                f"{where}: {name} must be {expected} (N,), is {group[name].dtype} {group[name].shape}"
-            )
-    lengths = {name: group[name].shape[0] for name in series_names(group)}
+            raise InputError(f"{where}: {name} must be {expected} (N,), is {dataset.dtype} {dataset.shape}")
+        _check_claim(dataset, dataset.shape[0], f"{where}: {name}")
+    lengths = {name: dataset.shape[0] for name, dataset in found.items()}
+    lengths |= {name: group[name].shape[0] for name in "AG"}
     if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise InputError(f"{where}: datasets differ in their number of steps: {found}")
-    k, update, windows = group["k"][:].astype(np.int64), group["update"][:], group["windows"][()]
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise InputError(f"{where}: datasets differ in their number of steps: {told}")
+    k, update = found["k"][:].astype(np.int64), found["update"][:]
     _check_series(k, update, where)
-    check_windows(windows, where)
-    return group["A"], group["G"], k, update.astype(bool), _read_phi(phi, k, where), windows
+    phi = _read_phi(found["phi"], k, where) if "phi" in found else None
+    widths = _read_widths(found["n"], k, group["A"].shape[2], where) if "n" in found else None
+    return k, update.astype(bool), phi, widths, _read_windows(group, where)
+
+
+def _read_windows(group: Any, where: str) -> list[Window]:
+    dataset = _dataset(group, "windows", where)
+    _check_claim(dataset, dataset.size or 0, f"{where}: windows")
+    rows = dataset[()]
+    check_windows(rows, where)
+    return to_windows(rows)
 
 
 def _check_series(k: np.ndarray, update: np.ndarray, where: str) -> None:
@@ -294,13 +358,19 @@ def _check_series(k: np.ndarray, update: np.ndarray, where: str) -> None:
         raise InputError(f"{where}, iteration {k[odd[0]]}: update must be 0 or 1, is {update[odd[0]]}")
 
 
-def _read_phi(phi: Any, k: np.ndarray, where: str) -> np.ndarray | None:
-    if phi is None:
-        return None
-    values = phi[:].astype(np.float64)
+def _read_phi(phi: Any, k: np.ndarray, where: str) -> np.ndarray:
+    values: np.ndarray = phi[:].astype(np.float64)
     bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
     if bad.size:
         raise InputError(f"{where}, iteration {k[bad[0]]}: phi must be positive, is {values[bad[0]]}")
+    return values
+
+
+def _read_widths(n: Any, k: np.ndarray, most: int, where: str) -> np.ndarray:
+    values: np.ndarray = n[:].astype(np.int64)
+    bad = np.flatnonzero((values < 0) | (values > most))
+    if bad.size:
+        raise InputError(f"{where}, iteration {k[bad[0]]}: n must lie in 0..{most}, is {values[bad[0]]}")
     return values
 
 
@@ -333,9 +403,9 @@ def _read_integer(owner: Any, attribute: str, where: str, least: int) -> int:
     return int(value.item())
 
 
-def _read_columns(dataset: Any, i: int, where: str) -> np.ndarray:
+def _read_columns(dataset: Any, i: int, n: int, where: str) -> np.ndarray:
     try:
-        columns = dataset[i]
+        columns = dataset[i, :, :n]
     except _UNREADABLE as error:
         raise InputError(f"{where} cannot be read, the file is damaged: {first_line(error)}") from error
     if not np.isfinite(columns).all():
@@ -344,7 +414,7 @@ def _read_columns(dataset: Any, i: int, where: str) -> np.ndarray:
 
 
 def listed(names: Any) -> str:
-    return ", ".join(names) or "none"
+    return ", ".join(map(str, names)) or "none"
 
 
 def first_line(error: BaseException) -> str:
@@ -354,4 +424,4 @@ def first_line(error: BaseException) -> str:
 
 def series_names(group: Any) -> list[str]:
     """The datasets of a layer with an entry a step, those that are there."""
-    return [name for name in ("k", "update", "A", "G", "phi") if name in group]
+    return [name for name in ("k", "update", "A", "G", "phi", "n") if name in group]

@@ -26,7 +26,7 @@ from .stream import Array, Step, Window
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["CERTIFIED", "DAMPINGS", "ErrorStudy", "Row", "by_window", "table"]
+__all__ = ["CERTIFIED", "DAMPINGS", "ErrorStudy", "Row", "averages", "by_window", "table"]
 
 DAMPINGS = ("own", "common")
 """lam = phi * lambda_max of each method's own representation, or the reference's lam for all."""
@@ -70,6 +70,17 @@ def by_window(frame: "pd.DataFrame") -> "list[tuple[str, pd.DataFrame]]":
     ]
 
 
+def averages(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """The mean of every metric over each window, algorithms in their order (the error columns of Table 1).
+
+    `window`, its first iteration, is a column if it is one of the table's.
+    """
+    order = list(dict.fromkeys(frame.algorithm))
+    window = [name for name in ("epoch", "window") if name in frame]
+    mean = frame.groupby([*window, "algorithm", "metric"]).value.mean().unstack()
+    return mean.reindex(order, level="algorithm")[list(METRICS)].reset_index()
+
+
 class _Measured(NamedTuple):
     """One algorithm of the table: the process that it shares with others, and its inverse's continuation."""
 
@@ -91,7 +102,7 @@ class ErrorStudy:
         windows: where errors are measured; they must not overlap.
         phi: damping ratio, where a step brings none.
         damping: "own" or "common".
-        certify: also give the certified bounds on metrics (1) and (2) where there are any; for damping "common".
+        certify: also give the certified bounds on metrics (1) and (2), where there are any.
 
     Attributes:
         factors: the `KFactor` of each side.
@@ -113,8 +124,6 @@ class ErrorStudy:
         check_phi(phi)
         if damping not in DAMPINGS:
             raise InputError(f"damping {damping!r} is not one of {', '.join(DAMPINGS)}")
-        if certify and damping != "common":
-            raise InputError("certified bounds are for one damping: they need damping='common'")
         self.windows = _ordered(windows)
         self.measured, pairs = _followed(algorithms, settings)
         self.factors = {
@@ -225,12 +234,21 @@ class ErrorStudy:
     def _certified(
         self, measured: _Measured, k: int, inverses: Mapping[str, DampedInverse], epoch: int
     ) -> Iterator[Row]:
-        """The certified bounds on metrics (1) and (2), where the algorithm has one now."""
+        """The certified bounds on metrics (1) and (2), where the algorithm has one now.
+
+        At one damping lam~ they are b, from the certificate. With its own, lam~ = phi D_1, the reference's lam
+        differs: |lam - lam~| <= phi ||E||_2 (Weyl). With R(x) = (M + x I)^-1, R(lam~) - R(lam) =
+        (lam - lam~) R(lam~) R(lam) and ||R(lam~)||_2 <= 1/lam~ give ||R(lam~) - R(lam)||_F <= e ||R(lam)||_F,
+        e = ||E||_2/D_1. So the whole is at most b (1 + e) + e.
+        """
         for side, inverse in inverses.items():
             known = self.factors[side].processes[measured.process].certificate
-            if known is not None:
-                bound = known.relative_inverse_bound(inverse.lowrank, inverse.lam, inverse.tau)
-                yield Row(measured.name, k, CERTIFIED[side], float(bound), epoch)
+            if known is None:
+                continue
+            low = inverse.lowrank
+            bound = float(known.relative_inverse_bound(low, inverse.lam, inverse.tau))
+            e = 0.0 if self.damping == "common" else float(known.spectral / low.lambda_max)
+            yield Row(measured.name, k, CERTIFIED[side], bound * (1 + e) + e, epoch)
 
     def spectrum(self, side: str) -> np.ndarray:
         """Eigenvalues (d,) of the EA factor as it stands, descending."""

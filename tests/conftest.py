@@ -17,7 +17,9 @@ from hypothesis import settings
 from kfacerr.array import to_numpy
 
 settings.register_profile("kfacerr", derandomize=True, deadline=None, max_examples=25)
-settings.load_profile("kfacerr")
+# Other examples each time, and more; what fails is printed as a decorator that runs it again.
+settings.register_profile("nightly", derandomize=False, deadline=None, max_examples=200, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "kfacerr"))
 
 
 @dataclass(frozen=True)

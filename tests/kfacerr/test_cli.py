@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import kfacerr
 from kfacerr.algorithms import SEVEN
-from kfacerr.cli import averages, main
+from kfacerr.cli import main
 from kfacerr.metrics import METRICS
 from kfacerr.recorder import RecordingWriter
 from kfacerr.stream import Step, Window
-from kfacerr.study import ErrorStudy
+from kfacerr.study import ErrorStudy, averages
 from tests.reference import damped_inverse, evd, relative_error
 
 D_A, D_G, N, RANK, RHO, PHI = 24, 14, 4, 5, 0.95, 0.1
@@ -514,6 +515,13 @@ def test_bad_input_exits_with_2_and_one_line_in_a_process_of_its_own(tmp_path, r
         assert done.returncode == 2
         assert done.stdout == ""
         assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"kfacerr {kfacerr.__version__}\n"
 
 
 def test_help_names_every_option_and_its_default(capsys):

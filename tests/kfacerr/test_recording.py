@@ -180,7 +180,6 @@ def test_whatever_else_is_among_the_layers_is_left_out(tmp_path):
         layers = file["layers"]
         layers["notes"] = np.arange(3)
         layers.create_group("optimizer").attrs["lr"] = 0.1
-        layers["gone"] = h5py.SoftLink("/nowhere")
         file.copy(layers[NAME], "layers/nested/fc")
     _assert_same(_read(path), _steps())
     with Recording(path) as recording:
@@ -229,7 +228,7 @@ def test_foreign_float64_columns_keep_their_digits(tmp_path):
         ({"format": None}, "not a kfacerr-recording (attribute format is None)"),
         ({"format": "other"}, "not a kfacerr-recording (attribute format is 'other')"),
         ({"version": None}, "lacks the attribute version"),
-        ({"version": 2}, "version 2 of the format is not supported"),
+        ({"version": 3}, "version 3 of the format is not supported"),
         ({"version": "1"}, "attribute version must be an integer"),
         ({"version": 1.5}, "attribute version must be an integer"),
         ({"windows": None, "G": None}, "layer 'classifier.0' lacks G, windows"),
@@ -350,7 +349,7 @@ def test_bad_step_is_refused_and_loses_nothing(tmp_path, change, message):
     [
         ("a/b", {}, "without '/'"),
         ("", {}, "needs a name"),
-        ("fc", {"n": 0}, "n must be positive"),
+        ("fc", {"n": 0}, "n must be a whole number of at least 1"),
         ("fc", {"dtype": np.float64}, "float32 or float16 is needed"),
         ("fc", {"windows": [Window(0, 5), Window(4, 1)]}, "overlap"),
     ],
@@ -502,3 +501,166 @@ def test_failed_write_is_reported_and_undone(tmp_path, monkeypatch):
         for step in steps[1:]:
             writer.append(NAME, step)
     _assert_same(_read(writer.path), steps)
+
+
+# ------------------------------------------------------------------------- nothing lost, nothing followed
+
+
+def test_a_second_writer_is_refused_and_the_first_loses_nothing(tmp_path):
+    path, steps = tmp_path / "r.h5", _steps()
+    with RecordingWriter(path) as first:
+        first.add_layer(NAME, **LAYER)
+        for i, step in enumerate(steps):
+            first.append(NAME, step)
+            if i == 2:
+                for options in ({}, {"overwrite": True}, {"resume": True}):
+                    with pytest.raises(InputError, match="in use by another process"):
+                        RecordingWriter(path, **options)
+    _assert_same(_read(path), steps)
+
+
+def test_the_lock_of_a_dead_process_is_none(tmp_path):
+    program = (
+        "import os, sys; from kfacerr.recorder import RecordingWriter\n"
+        "writer = RecordingWriter(sys.argv[1]); os._exit(9)"
+    )
+    path = tmp_path / "r.h5"
+    assert subprocess.run([sys.executable, "-c", program, str(path)], check=False).returncode == 9
+    with RecordingWriter(path, overwrite=True) as writer:
+        writer.add_layer(NAME, **LAYER)
+
+
+def _elsewhere(path, kind):
+    """A recording whose A stands in another file, which must be neither read nor written."""
+    other = path.with_name("other.h5")
+    raw = path.with_name("raw.bin")
+    _record(path, _steps())
+    with h5py.File(other, "w") as file:
+        file["A"] = np.ones((5, 5, 4), np.float32)
+    np.full((5, 5, 4), 7, np.float32).tofile(raw)
+    with h5py.File(path, "r+") as file:
+        group = file[f"layers/{NAME}"]
+        match kind:
+            case "external link":
+                del group["A"]
+                group["A"] = h5py.ExternalLink(other.name, "/A")
+            case "soft link":
+                del group["A"]
+                group["A"] = h5py.SoftLink(f"/layers/{NAME}/G")
+            case "external storage":
+                del group["A"]
+                group.create_dataset("A", (5, 5, 4), np.float32, external=[(str(raw), 0, h5py.h5f.UNLIMITED)])
+            case "virtual":
+                del group["A"]
+                layout = h5py.VirtualLayout((5, 5, 4), np.float32)
+                layout[:] = h5py.VirtualSource(str(path.with_name("missing.h5")), "A", shape=(5, 5, 4))
+                group.create_virtual_dataset("A", layout)
+            case "linked layer":
+                file["layers"].move(NAME, "moved")
+                file["layers"][NAME] = h5py.ExternalLink(other.name, "/")
+            case "linked layers":
+                file.move("layers", "elsewhere")
+                file["layers"] = h5py.SoftLink("/elsewhere")
+    return other, raw
+
+
+@pytest.mark.parametrize(
+    "kind", ["external link", "soft link", "external storage", "virtual", "linked layer", "linked layers"]
+)
+def test_what_stands_elsewhere_is_neither_read_nor_written(tmp_path, kind):
+    path = tmp_path / "r.h5"
+    files = _elsewhere(path, kind)
+    before = [file.read_bytes() for file in files]
+    assert "not followed" in _fault(path)
+    with pytest.raises(InputError, match="not followed"):
+        RecordingWriter(path, resume=True)
+    path.rename(path.with_name("r.h5.partial"))
+    with pytest.raises(InputError, match=r"not followed.*pass overwrite, or remove"):
+        RecordingWriter(path, resume=True)
+    assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize("name", ["k", "A", "windows"])
+def test_a_claim_beyond_the_file_is_refused_before_anything_is_allocated(tmp_path, name):
+    path = _record(tmp_path / "r.h5", _steps())
+    with h5py.File(path, "r+") as file:
+        group = file[f"layers/{NAME}"]
+        del group[name]
+        shape, kind = {
+            "k": ((2**40,), np.int64),
+            "A": ((5, 2**20, 2**20), np.float32),
+            "windows": ((2**40, 3), np.int64),
+        }[name]
+        group.create_dataset(name, shape, kind, chunks=(1, *shape[1:])[:1] + (1,) * (len(shape) - 1))
+    assert "claims" in _fault(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 0.5}, "k must be a whole number"),
+        ({"k": float("nan")}, "k must be a whole number"),
+        ({"k": None}, "k must be a whole number"),
+        ({"update": 2}, "update must be a whole number in 0..1"),
+        ({"update": 0.5}, "update must be a whole number"),
+    ],
+)
+def test_the_writer_refuses_what_its_reader_would(tmp_path, change, message):
+    path, steps = tmp_path / "r.h5", _steps()
+    with RecordingWriter(path) as writer:
+        writer.add_layer(NAME, **LAYER)
+        with pytest.raises(InputError, match=message):
+            writer.append(NAME, steps[0]._replace(**change))
+        writer.append(NAME, steps[0])
+    _assert_same(_read(path), steps[:1])
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 1.5}, {"update_every": float("nan")}, {"n": "4"}, {"d_A": True}]
+)
+def test_the_writer_refuses_sizes_that_are_no_whole_numbers(tmp_path, change):
+    with RecordingWriter(tmp_path / "r.h5") as writer:
+        if change == {"d_A": True}:
+            writer.add_layer(NAME, **(LAYER | change))
+            return
+        with pytest.raises(InputError, match="must be a whole number"):
+            writer.add_layer(NAME, **(LAYER | change))
+
+
+def test_a_folder_is_refused_at_once(tmp_path):
+    with pytest.raises(InputError, match="is a folder"):
+        RecordingWriter(tmp_path)
+
+
+@given(widths=st.lists(st.integers(0, 9), min_size=1, max_size=6))
+def test_steps_of_varying_n_come_back(tmp_path_factory, widths):
+    rng = np.random.default_rng(0)
+    steps = [
+        Step(k, *(rng.standard_normal((d, n)).astype(np.float32) for d in (5, 3)), True)
+        for k, n in enumerate(widths)
+    ]
+    path = _record(tmp_path_factory.mktemp("r") / "r.h5", steps, n=None)
+    _assert_same(_read(path), steps)
+    with Recording(path) as recording:
+        assert recording.version == 2 and recording.layer(NAME).widths.tolist() == widths
+
+
+def test_a_recording_of_varying_n_is_resumed(tmp_path):
+    path, steps = tmp_path / "r.h5", _steps()
+    narrow = [s._replace(A=s.A[:, :2], G=s.G[:, :2]) for s in steps]
+    with RecordingWriter(path) as writer:
+        writer.add_layer(NAME, **(LAYER | {"n": None}))
+        writer.append(NAME, narrow[0])
+        writer.append(NAME, steps[1])
+    with RecordingWriter(path, resume=True) as writer:
+        with pytest.raises(InputError, match="n that varies"):
+            writer.add_layer(NAME, **LAYER)
+        writer.add_layer(NAME, **(LAYER | {"n": None}))
+        writer.truncate(NAME, steps[1].k)
+        writer.append(NAME, narrow[1])
+    _assert_same(_read(path), narrow[:2])
+    with (
+        pytest.raises(InputError, match="A has 4 columns and G has 2"),
+        RecordingWriter(path, resume=True) as writer,
+    ):
+        writer.append(NAME, steps[2]._replace(G=narrow[2].G))

@@ -168,6 +168,23 @@ def test_odd_shapes_and_special_columns_give_the_dense_evaluation(n):
 
 
 @pytest.mark.parametrize("damping", ["own", "common"])
+def test_a_certified_bound_is_never_below_the_error_and_needs_none_of_the_reference(damping):
+    """Also with each method's own damping, and with every continuation."""
+    names = [f"{n} continuation={c}" for n in (*SEVEN, "FD") for c in ("none", "min", "trace")]
+    rows = rows_of(ErrorStudy(names, RANDOM, WINDOWS, phi=PHI, damping=damping, certify=True), make_steps())
+    values = {(row.algorithm, row.k, row.metric): row.value for row in rows}
+    bounds = {key: value for key, value in values.items() if key[2].startswith("certified")}
+    assert len(bounds) > 200
+    for (name, k, metric), bound in bounds.items():
+        error = values[name, k, metric.replace("certified", "inverse")]
+        assert error <= bound * (1 + 1e-9) + 1e-12, (name, k, metric)
+    assert any(
+        bound < 3 * values[name, k, metric.replace("certified", "inverse")]
+        for (name, k, metric), bound in bounds.items()
+    )
+
+
+@pytest.mark.parametrize("damping", ["own", "common"])
 def test_a_damping_ratio_that_changes_at_every_step_is_used_at_every_step(damping):
     def phi(k):
         return 0.05 + 0.01 * (k % 3)
@@ -344,7 +361,7 @@ def test_steps_that_do_not_fit_are_refused_with_the_iteration():
 
 
 def test_bad_arguments_are_refused():
-    for keywords in ({"phi": 0.0}, {"phi": float("nan")}, {"damping": "none"}, {"certify": True}):
+    for keywords in ({"phi": 0.0}, {"phi": float("nan")}, {"damping": "none"}):
         with pytest.raises(InputError):
             ErrorStudy(["B-KFAC"], RANDOM, WINDOWS, **keywords)
     with pytest.raises(InputError, match="overlap"):

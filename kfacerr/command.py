@@ -1,0 +1,140 @@
+"""What every command line here shares, `kfacerr` and the studies: parsing, errors, exit statuses, signals.
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        parser = Parser(prog="python -m studies.timing", description="How long an epoch takes.")
+        parser.add_argument("--rounds", type=int, default=3, help="times each is timed")
+        return run("timing", parser, _run, argv)
+
+A failure is one line on stderr that begins with the program's name. The exit status is 0, or what the command
+returns; 2 after bad input; 128 + the signal's number after Ctrl-C (130), SIGTERM, SIGHUP or a closed pipe (141).
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from .exceptions import InputError
+
+__all__ = ["Parser", "check_at_least", "run"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and whose help gives every default that there is.
+
+    Args:
+        *positional: of `argparse.ArgumentParser`.
+        **options: of `argparse.ArgumentParser`; sub-commands made by `add_subparsers` are of this class too.
+    """
+
+    def __init__(self, *positional: Any, **options: Any) -> None:
+        super().__init__(*positional, **{"formatter_class": _Help, **options})
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with status 2 and one line that says where the help is."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Gives a default unless it says nothing (None, a switch that is off) or the help's own words say it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        said = action.default is None or action.default is False or "(default" in (action.help or "")
+        return action.help if said else super()._get_help_string(action)
+
+
+def run(
+    program: str,
+    parser: argparse.ArgumentParser,
+    function: Callable[[argparse.Namespace], int | None],
+    argv: Sequence[str] | None,
+) -> int:
+    """Parses the command line, runs `function` on it, and turns what stops it into one line and an exit status.
+
+    Within `function` SIGTERM and SIGHUP raise a KeyboardInterrupt, as Ctrl-C does, so that `except BaseException`
+    or `finally` can save what is computed; notes added to the exception (`add_note`) end the line. A function
+    that would rather look at a flag between iterations installs handlers of its own and restores these after.
+
+    Args:
+        program: the name that begins the line.
+        parser: of the command line.
+        function: the command; returns its exit status, None for 0.
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit status, see the module.
+    """
+    arguments = parser.parse_args(argv)
+    try:
+        with _signals_raise():
+            status = function(arguments)
+            sys.stdout.flush()  # here, where a closed pipe is caught
+    except InputError as error:
+        return _failed(program, str(error), error, 2)
+    except _Stopped as error:
+        return _failed(program, f"stopped by {error.signal.name}", error, 128 + error.signal)
+    except KeyboardInterrupt as error:
+        return _failed(program, "interrupted", error, 128 + signal.SIGINT)
+    except BrokenPipeError:  # `kfacerr info | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 141  # 128 + SIGPIPE, which Windows has not
+    return status or 0
+
+
+def check_at_least(**options: tuple[float | None, float]) -> None:
+    """Refuses an option below its least value.
+
+    >>> check_at_least(rounds=(3, 1), time_limit=(-1, 0))
+    Traceback (most recent call last):
+    kfacerr.exceptions.InputError: --time-limit must be at least 0, got -1
+
+    Args:
+        **options: value and least value by the option's name, with _ for -; a value of None was not given.
+
+    Raises:
+        InputError: names the option, its least value and the value.
+    """
+    for option, (value, least) in options.items():
+        if value is not None and not value >= least:  # NaN is not either
+            raise InputError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that asks to end, on the path of Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+@contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP raise `_Stopped`, once; a signal that is ignored (nohup) stays so."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # nothing is to interrupt the saving
+        raise _Stopped(number)
+
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        ours = [number for number in _SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _failed(program: str, message: str, error: BaseException, status: int) -> int:
+    line = "; ".join([message, *getattr(error, "__notes__", ())])
+    print(f"{program}: {' '.join(line.splitlines())}", file=sys.stderr)
+    return status

@@ -1,0 +1,425 @@
+"""Reports: what was measured on a user's own layers, to read, to plot and to keep.
+
+`Measurement` takes the steps of one layer, live or recorded, and `Report` gathers the layers. A certified bound
+stands beside an error where theory allows one (`kfacerr.certificate`): it needs no exact inverse.
+"""
+
+import base64
+import io
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .algorithms import SEVEN, Algorithm
+from .array import to_numpy
+from .exceptions import InputError
+from .factor import KFactor
+from .files import write_atomically, write_text
+from .metrics import METRICS
+from .process import Settings
+from .rsvd import rsvd
+from .stream import Step, Window
+from .study import CERTIFIED, ErrorStudy, Row, table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from .recording import Recording
+
+__all__ = ["FactorFacts", "LayerFacts", "Measurement", "Report", "report_recording"]
+
+EXACT_UP_TO = 4096
+"""Factors of up to so many rows get all their eigenvalues; of larger ones the leading r + 10 by an RSVD."""
+
+ROUNDING = 1e-9
+"""Errors below are shown as 0."""
+
+_THEMES = ("light", "dark")
+
+MEANING = {
+    "inverse_A": "(1) relative error of the inverse of A",
+    "inverse_G": "(2) relative error of the inverse of G",
+    "step_norm": "(3) relative error of the step",
+    "step_angle": "(4) 1 - cos of the step's angle error",
+}
+
+
+CERTAIN = "certified: what an algorithm knows of (1) and (2) right after an update, without the exact inverse"
+
+
+@dataclass(frozen=True)
+class FactorFacts:
+    """One K-factor M at the end of the last window.
+
+    Attributes:
+        d: its dimension.
+        trace: tr M.
+        stable_rank: tr M / lambda_max.
+        above: eigenvalues above the damping phi lambda_max; of a large factor, of those that were computed.
+        beyond: the share of tr M beyond the r leading eigenvalues; of a large factor an upper bound.
+    """
+
+    d: int
+    trace: float
+    stable_rank: float
+    above: int
+    beyond: float
+
+    @classmethod
+    def of(cls, factor: KFactor, rank: int, phi: float) -> "FactorFacts":
+        """Of the factor as it stands."""
+        M, unit = factor.average.M, (factor.unit or 1.0) ** 2
+        d, trace = M.shape[0], float(factor.average.trace)
+        if d <= EXACT_UP_TO:
+            w = np.linalg.eigvalsh(to_numpy(M).astype(np.float64))[::-1]
+        else:
+            w = to_numpy(rsvd(M, rank, oversampling=10, n_pwr_it=4, rng=np.random.default_rng(0)).D)
+        top = float(w[0])
+        kept = float(np.maximum(w[:rank], 0).sum())
+        return cls(d, trace / unit, trace / top, int((w > phi * top).sum()), max(0.0, 1 - kept / trace))
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a layer's errors were measured with, and what its factors are like.
+
+    Attributes:
+        name: of the layer.
+        n: columns of an update.
+        settings: of the processes.
+        phi: damping ratio.
+        every: iterations between updates of the factors.
+        windows: where errors were measured.
+        factors: by side.
+        seconds: that the measurement took.
+        notes: what a reader should know, a sentence each.
+    """
+
+    name: str
+    n: int
+    settings: Settings
+    phi: float
+    every: int
+    windows: tuple[Window, ...]
+    factors: Mapping[str, FactorFacts]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+class Measurement:
+    """Measures one layer's stream and remembers what a report says of it.
+
+    Args:
+        name: of the layer.
+        settings: of the processes.
+        windows: where errors are measured.
+        algorithms: names; the seven of §4.2 by default.
+        phi: damping ratio, where a step brings none.
+        every: iterations between updates of the factors, for the plots' blocks.
+
+    Attributes:
+        rows: what has been measured.
+
+    Raises:
+        InputError: unknown names or values out of range.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: Settings,
+        windows: Sequence[Window],
+        *,
+        algorithms: Sequence[str | Algorithm] = SEVEN,
+        phi: float = 0.1,
+        every: int = 10,
+    ) -> None:
+        self.name, self.settings, self.phi, self.every = name, settings, phi, every
+        self.study = ErrorStudy(tuple(dict.fromkeys(algorithms)), settings, windows, phi=phi, certify=True)
+        self.rows: list[Row] = []
+        self.seconds = 0.0
+        self._n = 0
+        self._phi_used = phi
+
+    def push(self, step: Step) -> None:
+        """Takes the next step; see `ErrorStudy.push`."""
+        started = time.perf_counter()
+        self.rows += self.study.push(step)
+        self._n = max(self._n, step.A.shape[1])
+        self._phi_used = self.phi if step.phi is None else step.phi
+        self.seconds += time.perf_counter() - started
+
+    def facts(self) -> LayerFacts:
+        """What there is to say of the layer now.
+
+        Raises:
+            InputError: no columns came in yet.
+        """
+        factors = self.study.factors
+        if any(factor.average.M is None for factor in factors.values()):
+            raise InputError(f"layer {self.name!r}: no columns came in, there is nothing to report")
+        rank = self.settings.rank
+        found = {side: FactorFacts.of(factor, rank, self._phi_used) for side, factor in factors.items()}
+        return LayerFacts(
+            self.name,
+            self._n,
+            self.settings,
+            self._phi_used,
+            self.every,
+            tuple(self.study.windows),
+            found,
+            self.seconds,
+            tuple(self._notes(found)),
+        )
+
+    def _notes(self, factors: Mapping[str, FactorFacts]) -> Iterable[str]:
+        """Where an algorithm saves nothing, and windows that were not reached."""
+        for measured in self.study.measured:
+            algorithm = Algorithm.parse(measured.name)
+            full = [
+                s for s, f in factors.items() if algorithm.for_factor(self.settings, f.d, self._n) != algorithm
+            ]
+            if full:
+                yield (
+                    f"{measured.name}: r + n >= d for {' and '.join(full)}, where it saves nothing; "
+                    "KFAC uses R-KFAC there"
+                )
+        seen = {row.k for row in self.rows}
+        for window in self.study.windows:
+            if not any(k in window for k in seen):
+                yield f"the window of {window.length} iterations from {window.start} was not reached"
+
+
+class Report:
+    """The errors of cheap inverses on one or more layers. Prints itself, also in a notebook.
+
+    Args:
+        measurements: of the layers, finished or under way.
+        title: one line.
+        seconds: what is known of the time besides, such as {"training": 12.3}.
+
+    Attributes:
+        table: tidy, with columns algorithm, k, metric, value, epoch, window, layer.
+        layers: a `LayerFacts` each.
+    """
+
+    def __init__(
+        self, measurements: Iterable[Measurement], *, title: str = "", seconds: Mapping[str, float] | None = None
+    ) -> None:
+        import pandas as pd
+
+        measured = list(measurements)
+        self.layers = [m.facts() for m in measured]
+        frames = [table(m.rows, m.study.windows).assign(layer=m.name) for m in measured]
+        self.table: pd.DataFrame = pd.concat(frames, ignore_index=True) if frames else table([])
+        self.title = title or "How wrong are the inverses of " + ", ".join(layer.name for layer in self.layers)
+        self.seconds = dict(seconds or {})
+
+    # --------------------------------------------------------------------------------------------- tables
+
+    def errors(self, layer: str) -> "pd.DataFrame":
+        """A row an algorithm: each metric's mean (smallest to largest), the largest certified bound on (1), (2).
+
+        Args:
+            layer: its name.
+        """
+        part = self.table[self.table.layer == layer]
+        order = list(dict.fromkeys(part.algorithm))
+        grouped = part.groupby(["algorithm", "metric"]).value
+        mean, low, high = (getattr(grouped, what)().unstack() for what in ("mean", "min", "max"))
+        columns: dict[str, Any] = {}
+        for metric in METRICS:
+            columns[metric] = [_spread(mean, low, high, name, metric) for name in order]
+        for side, metric in CERTIFIED.items():
+            if metric in mean:
+                columns[f"certified {side}"] = [_number(high[metric].get(name, float("nan"))) for name in order]
+        import pandas as pd
+
+        return pd.DataFrame(columns, index=pd.Index(order, name="algorithm"))
+
+    def facts(self) -> "pd.DataFrame":
+        """A row a factor: dimension, stable rank, eigenvalues above the damping, share of the trace beyond r."""
+        import pandas as pd
+
+        rows = [
+            {
+                "layer": layer.name,
+                "factor": side,
+                "d": f.d,
+                "n": layer.n,
+                "rank r": layer.settings.rank,
+                "stable rank": f"{f.stable_rank:.1f}",
+                "above damping": f.above,
+                "trace beyond r": f"{f.beyond:.1%}",
+            }
+            for layer in self.layers
+            for side, f in layer.factors.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def summary(self) -> str:
+        """The report as text."""
+        parts = [self.title, "", self.facts().to_markdown(index=False), ""]
+        for layer in self.layers:
+            parts += [_about(layer), "", self.errors(layer.name).to_markdown(), ""]
+            parts += [f"- {note}" for note in layer.notes]
+        parts += ["", *(f"{metric}: {meaning}" for metric, meaning in MEANING.items()), CERTAIN, self._cost()]
+        return "\n".join(parts)
+
+    def _cost(self) -> str:
+        spent = {**self.seconds, "measuring": sum(layer.seconds for layer in self.layers)}
+        return "time: " + ", ".join(f"{name} {value:.1f} s" for name, value in spent.items())
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def __repr__(self) -> str:
+        names = ", ".join(repr(layer.name) for layer in self.layers)
+        return f"<kfacerr Report of {names}: {len(self.table)} rows; print it, or see .plot() and .to_html(path)>"
+
+    # ------------------------------------------------------------------------------------------ to look at
+
+    def plot(self, layer: str | None = None, *, dark: bool = False) -> "Figure":
+        """The four metrics of a layer over its windows, a matplotlib Figure.
+
+        Args:
+            layer: its name; the first by default.
+            dark: for a dark background.
+        """
+        from .plot import error_figure
+
+        facts = self._find(layer)
+        part = self.table[(self.table.layer == facts.name) & self.table.metric.isin(METRICS)]
+        return error_figure(part, METRICS, block=facts.every, title=_about(facts), dark=dark)
+
+    def _find(self, layer: str | None) -> LayerFacts:
+        if not self.layers:
+            raise InputError("the report has no layers")
+        found = [facts for facts in self.layers if layer in (None, facts.name)]
+        if not found:
+            names = ", ".join(facts.name for facts in self.layers)
+            raise InputError(f"the report has no layer {layer!r}; there are {names}")
+        return found[0]
+
+    def to_csv(self, path: str | Path) -> None:
+        """Writes the table."""
+        write_atomically(Path(path), lambda p: self.table.to_csv(p, index=False, float_format="%.12g"))
+
+    def to_html(self, path: str | Path) -> None:
+        """Writes the report as one file that needs no network, light and dark."""
+        write_text(Path(path), self._page(whole=True))
+
+    def _repr_html_(self) -> str:
+        return self._page(whole=False)
+
+    def _page(self, *, whole: bool) -> str:
+        import jinja2
+
+        loader = jinja2.PackageLoader("kfacerr", "templates")
+        environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        layers = [
+            {
+                "name": layer.name,
+                "about": _about(layer),
+                "notes": layer.notes,
+                "errors": self.errors(layer.name).reset_index().to_html(index=False, border=0, escape=True),
+                "figure": {theme: _inline(self.plot(layer.name, dark=theme == "dark")) for theme in _THEMES},
+            }
+            for layer in self.layers
+        ]
+        return environment.get_template("report.html").render(
+            whole=whole,
+            title=self.title,
+            facts=self.facts().to_html(index=False, border=0),
+            layers=layers,
+            meaning=MEANING,
+            certain=CERTAIN,
+            cost=self._cost(),
+        )
+
+
+def report_recording(
+    recording: "Recording",
+    layers: Sequence[str] | None = None,
+    *,
+    rank: int | None = None,
+    algorithms: Sequence[str | Algorithm] = SEVEN,
+    phi: float | None = None,
+    dtype: str = "float64",
+    **settings: Any,
+) -> Report:
+    """The report of a recording's layers.
+
+    Args:
+        recording: an open one.
+        layers: their names; all that have windows by default.
+        rank: r; by default an eighth of the smaller dimension, at least 4 and at most 220.
+        algorithms: names; the seven by default.
+        phi: damping ratio in place of the recording's, or of 0.1.
+        dtype: to compute in.
+        settings: others of `Settings`.
+
+    Raises:
+        InputError: no such layer, no windows, values out of range, or bad columns; names file, layer, iteration.
+    """
+    from tqdm import tqdm
+
+    measurements = []
+    names = list(layers) if layers else [n for n in recording.layers if recording.layer(n).windows]
+    if not names:
+        raise InputError(f"{recording.path}: no layer with windows to measure in")
+    for layer in [recording.layer(name) for name in dict.fromkeys(names)]:
+        if not layer.windows:
+            raise InputError(f"{recording.path}: layer {layer.name!r}: no windows to measure in")
+        chosen = Settings(rank=rank or default_rank(layer.d_A, layer.d_G), **settings)
+        measurement = Measurement(
+            layer.name, chosen, layer.windows, algorithms=algorithms, phi=phi or 0.1, every=layer.update_every
+        )
+        for step in tqdm(layer.steps(), total=len(layer), unit="step", desc=layer.name, disable=None):
+            own = step.phi if phi is None else None
+            step = step._replace(A=step.A.astype(dtype), G=step.G.astype(dtype), phi=own)
+            try:
+                measurement.push(step)
+            except InputError as error:
+                raise InputError(f"{recording.path}: layer {layer.name!r}, {error}") from None
+        measurements.append(measurement)
+    return Report(measurements, title=f"How wrong are the inverses of {', '.join(names)} in {recording.path.name}")
+
+
+def default_rank(d_A: int, d_G: int) -> int:
+    """r where none is given: an eighth of the smaller dimension, at least 4 and at most the paper's 220."""
+    return min(220, max(4, min(d_A, d_G) // 8))
+
+
+def _about(layer: LayerFacts) -> str:
+    """One line: r, n, phi, rho, T_updt, windows."""
+    s = layer.settings
+    windows = ", ".join(f"{w.start}-{w.start + w.length - 1}" for w in layer.windows) or "none"
+    return (
+        f"layer {layer.name}: r = {s.rank}, n = {layer.n}, phi = {layer.phi:g}, rho = {s.rho:g}, "
+        f"new columns every {layer.every} iterations, measured in iterations {windows}"
+    )
+
+
+def _spread(mean: Any, low: Any, high: Any, name: str, metric: str) -> str:
+    values = [frame[metric][name] for frame in (mean, low, high)]
+    return f"{_number(values[0])} ({_number(values[1])} to {_number(values[2])})"
+
+
+def _number(value: float) -> str:
+    """Two digits; 0 for what is mere rounding, nothing for NaN."""
+    if value != value:
+        return ""
+    return "0" if abs(value) < ROUNDING else f"{value:.2g}"
+
+
+def _inline(figure: "Figure") -> str:
+    """A figure as a data URI."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
