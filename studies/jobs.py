@@ -1,7 +1,7 @@
 """The jobs of a study, which run side by side, can be stopped at any iteration, and are resumed; and their folder.
 
-joblib runs them. `--jobs J` asks for J processes on this machine. Without it they go to the backend that the caller
-has chosen, such as Ray or Dask on a cluster whose workers see DIR, and run one after the other if he chose none:
+joblib runs them. `--jobs J` asks for J processes on this machine. Without it they go to the backend that the
+caller has set, such as Ray or Dask on a cluster whose workers see DIR, and else run one after the other:
 
     with joblib.parallel_config("ray"):
         studies.optimizers.main(["--preset", "paper", "--out", "DIR"])
