@@ -1,4 +1,4 @@
-"""The command line: `kfacerr replay`, `kfacerr verify`, `kfacerr info`.
+"""The command line: `kfacerr replay`, `report`, `advise`, `verify` and `info`.
 
 pandas, matplotlib and h5py are imported by the commands that need them: `kfacerr --help` is to answer at once.
 """
@@ -16,7 +16,7 @@ from .algorithms import SEVEN
 from .command import Parser, check_at_least, run
 from .exceptions import InputError
 from .files import check_outputs, write_csv
-from .inverse import CONTINUATIONS, ESCAPED
+from .inverse import CONTINUATIONS, ESCAPED, check_phi
 from .metrics import METRICS
 from .process import Settings
 from .stream import Array
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="kfacerr", description="How wrong is a cheap K-FAC inverse?")
     parser.add_argument("--version", action="version", version=f"kfacerr {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_replay, _add_verify, _add_info):
+    for add in (_add_replay, _add_report, _add_advise, _add_verify, _add_info):
         add(commands)
     # What overflows is found where it matters, in the results, and said once.
     with np.errstate(all="ignore"):
@@ -148,22 +148,96 @@ def _report(report: "Report") -> str:
     return "\n".join([f"layer {report.layer}", *report.coverage, "", _markdown(rows, ".2g")])
 
 
+# ------------------------------------------------------------------------------------------ report, advise
+
+
+def _add_report(commands: Any) -> None:
+    add = _add_command(commands, "report", _report_page, "one HTML file of all layers, their errors and bounds")
+    _add_settings(add.add_argument, rank="an eighth of the smaller dimension, 4 to 220")
+    add.add_argument("--layer", nargs="+", metavar="NAME", help="the layers (default: all that have windows)")
+    add.add_argument("--algorithms", nargs="+", default=list(SEVEN), metavar="NAME", help=_NAMES)
+    add.add_argument("--out", required=True, type=Path, metavar="HTML", help="the report")
+
+
+def _report_page(arguments: argparse.Namespace) -> None:
+    from .recording import Recording
+    from .report import report_recording
+
+    settings = _given(arguments)
+    check_outputs({"--out": arguments.out}, {"the recording itself": arguments.recording})
+    with Recording(arguments.recording) as recording:
+        report = report_recording(
+            recording, arguments.layer, algorithms=arguments.algorithms, phi=arguments.phi, **settings
+        )
+    report.to_html(arguments.out)
+    print(report)
+
+
+def _add_advise(commands: Any) -> None:
+    add = _add_command(commands, "advise", _advise, "which inverse should a layer have, and what does it cost")
+    _add_settings(add.add_argument, rank="an eighth of the smaller dimension, 4 to 220")
+    add.add_argument("--layer", required=True, metavar="NAME", help="the layer")
+    budget = "ms per iteration (20), or a multiple of what SGD spends on the layer (1.5x)"
+    add.add_argument("--budget", default="4x", help=budget)
+    add.add_argument("--algorithms", nargs="+", metavar="NAME", help="candidates (default: a choice by the sizes)")
+    add.add_argument("--out", required=True, type=Path, metavar="CSV", help="the table of candidates")
+    add.add_argument("--plot", type=Path, metavar="FILE", help="a figure of the frontier (pdf, png, svg)")
+
+
+def _advise(arguments: argparse.Namespace) -> None:
+    from .advice import Budget, advise_recording
+    from .recording import Recording
+    from .report import default_rank
+
+    budget, settings = Budget.parse(arguments.budget), _given(arguments)
+    _check_outputs(arguments)
+    with Recording(arguments.recording) as recording:
+        layer = recording.layer(arguments.layer)
+        rank = settings.pop("rank") or default_rank(layer.d_A, layer.d_G)
+        options = {"algorithms": arguments.algorithms, "phi": arguments.phi}
+        advice = advise_recording(layer, rank=rank, budget=budget, **options, **settings)
+    advice.to_csv(arguments.out)
+    if arguments.plot is not None:
+        from .plot import save
+
+        save(advice.plot(), arguments.plot)
+    print(advice)
+
+
+_NAMES = "names as in the paper, e.g. 'R-KFAC T_inv=50 rank=476'"
+
+
+def _add_settings(add: Callable[..., Any], rank: str = "") -> None:
+    """What all commands say of the processes alike."""
+    told = f" (default: {rank})" if rank else ""
+    add("--rank", required=not rank, type=int, metavar="R", help=f"target and truncation rank r{told}")
+    add("--rho", type=float, default=0.95, help="decay of the exponential average")
+    add("--phi", type=float, help="damping ratio (default: the recording's, else 0.1)")
+    add("--oversampling", type=int, default=10, help="r_o of the RSVD")
+    add("--n-pwr-it", type=int, default=4, help="power iterations of the RSVD")
+    add("--continuation", choices=(*CONTINUATIONS, ESCAPED), default="min", help="of the spectrum")
+    add("--seed", type=int, default=0, help="of the randomised algorithms")
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that `_add_settings` asked for, checked."""
+    names = ("rank", "oversampling", "n_pwr_it", "seed")
+    values = {name: getattr(arguments, name) for name in names}
+    check_at_least(**{name: (value, int(name == "rank")) for name, value in values.items()})
+    if arguments.phi is not None:
+        check_phi(arguments.phi)
+    return {"rho": arguments.rho, "continuation": arguments.continuation, **values}
+
+
 # -------------------------------------------------------------------------------------------------- replay
 
 
 def _add_replay(commands: Any) -> None:
     add = _add_command(commands, "replay", _replay, "measure the algorithms' errors on a recording").add_argument
     add("--layer", required=True, metavar="NAME", help="the layer to replay")
-    add("--rank", required=True, type=int, metavar="R", help="target and truncation rank r")
-    add("--rho", type=float, default=0.95, help="decay of the exponential average")
-    add("--phi", type=float, help="damping ratio (default: the recording's, else 0.1)")
-    add("--oversampling", type=int, default=10, help="r_o of the RSVD")
-    add("--n-pwr-it", type=int, default=4, help="power iterations of the RSVD")
-    add("--continuation", choices=(*CONTINUATIONS, ESCAPED), default="min", help="of the spectrum")
+    _add_settings(add)
     add("--damping", choices=DAMPINGS, default="own", help="lambda of each method, or one for all")
-    names = "names as in the paper, e.g. 'R-KFAC T_inv=50 rank=476'"
-    add("--algorithms", nargs="+", default=list(SEVEN), metavar="NAME", help=names)
-    add("--seed", type=int, default=0, help="of the randomised algorithms")
+    add("--algorithms", nargs="+", default=list(SEVEN), metavar="NAME", help=_NAMES)
     add("--backend", choices=tuple(_BACKENDS), default="numpy", help="where to compute")
     add("--dtype", choices=("float64", "float32"), default="float64", help="to compute in")
     add("--out", required=True, type=Path, metavar="CSV", help="the error table")
@@ -174,7 +248,7 @@ def _replay(arguments: argparse.Namespace) -> None:
     from .recording import Recording
 
     convert = _BACKENDS[arguments.backend](arguments.dtype)
-    settings = _settings(arguments)
+    settings = Settings(**_given(arguments))
     _check_outputs(arguments)
     with Recording(arguments.recording) as recording:
         layer = recording.layer(arguments.layer)
@@ -195,13 +269,6 @@ def _replay(arguments: argparse.Namespace) -> None:
             figure = error_figure(frame, METRICS, block=layer.update_every, title=f"layer {layer.name}")
             save(figure, arguments.plot)
     print(averages(frame).to_markdown(index=False, floatfmt=".3g"))
-
-
-def _settings(arguments: argparse.Namespace) -> Settings:
-    names = ("rank", "oversampling", "n_pwr_it", "seed")
-    values = {name: getattr(arguments, name) for name in names}
-    check_at_least(**{name: (value, int(name == "rank")) for name, value in values.items()})
-    return Settings(rho=arguments.rho, continuation=arguments.continuation, **values)
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:

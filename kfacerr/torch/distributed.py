@@ -1,9 +1,9 @@
 """Data parallelism: one set of K-factors for all processes, and the decompositions shared out among them.
 
 With W processes, each with a loss that is a mean over its own b_i samples, DistributedDataParallel leaves the
-mean of the W gradients. Its columns are those of micro-batches (`kfacerr.torch.layers`) with G divided by W: of B
-samples in all, process i has the columns `sqrt(b_i/B) A_i` and `sqrt(B/b_i) G_i/W`, which for equal batches are
-`A_i/sqrt(W)` and `G_i/sqrt(W)`.
+mean of the W gradients. Its columns are those of micro-batches with G divided by W: of B samples in all, process i
+has the columns `sqrt(b_i/B) A_i` and `sqrt(B/b_i) G_i/W`, which for equal batches are `A_i/sqrt(W)` and
+`G_i/sqrt(W)`.
 
 Processes that read columns (Brand's) get all of them, gathered; a dense factor that only an EVD or RSVD reads gets
 the sum of the `X_i X_i^T`. Each decomposition that is due is done by one process and its result broadcast, the
@@ -13,21 +13,22 @@ good for any number of them.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .layers import Factor
-from .policy import HyperParameters
+from ..factor import KFactor
+from ..process import Process
 
-__all__ = ["Processes", "assign", "update_together"]
+__all__ = ["Job", "Team", "assign", "is_sharded", "update_together"]
 
 
-class Processes:
+class Team:
     """The processes that train one model together, or this one alone: then nothing is sent."""
 
     def __init__(self, together: bool = True) -> None:
@@ -58,6 +59,13 @@ class Processes:
         if self.size > 1:
             dist.all_reduce(X)
         return X
+
+    def largest(self, X: Tensor) -> float:
+        """The largest magnitude in the processes' X. Waits for the device."""
+        top = X.abs().max() if X.numel() else X.new_zeros(())
+        if self.size > 1:
+            dist.all_reduce(top, op=dist.ReduceOp.MAX)
+        return float(top)
 
     def any(self, flags: Tensor) -> list[bool]:
         """Which of the flags any process has raised. Waits for the device."""
@@ -140,38 +148,74 @@ def assign(costs: Sequence[float], size: int) -> list[int]:
     return owners
 
 
-def update_together(
-    team: Processes,
-    k: int,
-    work: Sequence[tuple[Factor, Tensor, Sequence[int]]],
-    hyper: HyperParameters,
-) -> None:
-    """Step k of all factors, each with this process's columns X (d, n_i) and the widths n_1, ..., n_W of all.
+class Job(NamedTuple):
+    """A factor's update in one step, as this process sees it.
 
-    Every process calls it with the same factors.
+    Attributes:
+        factor: configured for the step; that of all processes is the same.
+        X: (d, n_i) this process's columns.
+        widths: n_1, ..., n_W.
+        push: `factor.push` with what to do if it fails.
     """
-    shared: list[tuple[Factor, Tensor]] = []
-    for factor, X, widths in work:
-        factor.tune(hyper)
-        if factor.reads_columns:
-            X = team.gather(X, widths)
+
+    factor: KFactor
+    X: Tensor
+    widths: Sequence[int]
+    push: Callable[..., None]
+
+    @property
+    def cost(self) -> float:
+        """Flops of an update that decomposes; a process that does not say is taken for an EVD."""
+        d, n = self.X.shape[0], sum(self.widths)
+        process = _process(self)
+        try:
+            cost = process.cost(d, n)
+        except NotImplementedError:
+            return 9.0 * d**3
+        return cost.update + cost.heavy
+
+
+def update_together(team: Team, k: int, jobs: Sequence[Job]) -> None:
+    """Step k of (8) and of the processes of all factors. Every process calls it with the same factors."""
+    due: list[tuple[Job, Tensor, Tensor | None]] = []
+    for job in jobs:
+        X, gram = _shared_columns(team, job)
+        if job.factor.due(k):
+            due.append((job, X, gram))
         else:
-            # Its process reads no M_{k-1}, so that M may move on before `begin`.
-            factor.absorb_dense(team.sum(X @ X.T))
-        if factor.due(k):
-            shared.append((factor, X))
-        else:
-            factor.advance(k, X)
-    if not shared:
+            job.push(k, X, gram=gram)
+    if not due:
         return
-    owners = assign([factor.cost for factor, _ in shared], team.size)
+    owners = assign([job.cost for job, _, _ in due], team.size)
     mine = {}
-    for i, ((factor, X), owner) in enumerate(zip(shared, owners, strict=True)):
+    for i, ((job, X, gram), owner) in enumerate(zip(due, owners, strict=True)):
         if owner == team.rank:
-            factor.advance(k, X)
-            mine[i] = factor.process.state_dict()
-        elif factor.reads_columns:
-            factor.absorb(X)
-    states = team.exchange(mine, owners, shared[0][1].device)
-    for (factor, _), state in zip(shared, states, strict=True):
-        factor.process.load_state_dict(state)
+            job.push(k, X, gram=gram)
+            mine[i] = _process(job).state_dict()
+        else:
+            job.factor.absorb(job.factor.admit(X, finite=True), gram=gram)
+    states = team.exchange(mine, owners, due[0][1].device)
+    for (job, _, _), state in zip(due, states, strict=True):
+        _process(job).load_state_dict(state)
+
+
+def _shared_columns(team: Team, job: Job) -> tuple[Tensor, Tensor | None]:
+    """All processes' columns where the factor's process reads them; else this one's, and the sum of all X X^T."""
+    factor, X = job.factor, job.X
+    if factor.needs_columns:
+        return team.gather(X, job.widths), None
+    if factor.unit is None:
+        factor.set_unit(team.largest(X))
+    own = factor.admit(X, finite=True)
+    return X, team.sum(own @ own.T)
+
+
+def _process(job: Job) -> Process:
+    (process,) = job.factor.processes.values()
+    return process
+
+
+def is_sharded(p: Tensor) -> bool:
+    """Whether a parameter is spread over processes, as `fully_shard` leaves it."""
+    tensor = sys.modules.get("torch.distributed.tensor")  # where nobody imported it there is none
+    return tensor is not None and isinstance(p, tensor.DTensor)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..exceptions import InputError
-from .hooks import wanted
+from ._autograd import wanted
 
 __all__ = ["FactoredLinear", "FactoredParameter", "factored"]
 

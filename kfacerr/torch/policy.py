@@ -6,18 +6,29 @@ schedule then touches ("R-KFAC T_inv=10 rank=50"), or a function that makes a pr
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import fields, replace
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from ..algorithms import Settings, make_process
+from ..algorithms import Algorithm
 from ..exceptions import InputError
 from ..inverse import check_phi
-from ..process import Process, check_rho
-from ..processes import Brand
+from ..process import Process, Settings
 
-__all__ = ["PRESETS", "SGD", "Choice", "FactorInfo", "HyperParameters", "LayerPolicy", "Preset", "Schedules"]
+__all__ = [
+    "DEFAULTS",
+    "PRESETS",
+    "SGD",
+    "Choice",
+    "FactorInfo",
+    "Given",
+    "Hyper",
+    "LayerPolicy",
+    "Preset",
+    "Scheduled",
+    "Schedules",
+]
 
 SGD = "SGD"
 """The choice that leaves a layer to plain SGD."""
@@ -62,50 +73,81 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class HyperParameters:
-    """The hyper-parameters of the processes in one epoch, by the names of §6."""
+Scheduled = float | Callable[[int], float]
+"""A number, or a function of the epoch."""
 
+
+class Given(TypedDict, total=False):
+    """The hyper-parameters that `KFAC` takes by the paper's names, where they differ from `DEFAULTS`."""
+
+    T_updt: Scheduled
+    T_inv: Scheduled
+    T_brand: Scheduled | None
+    T_rsvd: Scheduled
+    T_corct: Scheduled
+    phi_corct: Scheduled
+    rank: Scheduled
+    oversampling: Scheduled
+    n_pwr_it: Scheduled
+    phi_lambda: Scheduled
+    rho: Scheduled
+    continuation: str
+    accumulate: bool
+    seed: int
+
+
+DEFAULTS: Given = {
+    "T_updt": 25,
+    "T_inv": 250,
+    "T_brand": None,
+    "T_rsvd": 250,
+    "T_corct": 500,
+    "phi_corct": 0.5,
+    "rank": 220,
+    "oversampling": 10,
+    "n_pwr_it": 4,
+    "phi_lambda": 0.1,
+    "rho": 0.95,
+    "continuation": "min",
+    "accumulate": False,
+    "seed": 0,
+}
+"""Those of §6. T_brand is the preset's if None."""
+
+
+class Hyper(NamedTuple):
+    """The hyper-parameters of one epoch.
+
+    Attributes:
+        settings: of the processes.
+        T_updt: steps between updates of the factors.
+        phi_lambda: damping ratio.
+    """
+
+    settings: Settings
     T_updt: int
-    T_inv: int
-    T_brand: int
-    T_rsvd: int
-    T_corct: int
-    phi_corct: float
-    rank: int
-    oversampling: int
-    n_pwr_it: int
     phi_lambda: float
-    rho: float
 
-    def __post_init__(self) -> None:
-        for name, least in (
-            *((name, 1) for name in ("T_updt", "T_inv", "T_brand", "T_rsvd", "T_corct", "rank")),
-            *((name, 0) for name in ("oversampling", "n_pwr_it")),
-        ):
-            value = getattr(self, name)
-            if not is_number(value) or value % 1 or not least <= value < float("inf"):
-                raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        for name in ("phi_corct", "phi_lambda", "rho"):
-            if not is_number(getattr(self, name)):
-                raise InputError(f"{name} must be a number, got {getattr(self, name)!r}")
-        if not 0 < self.phi_corct <= 1:
-            raise InputError(f"phi_corct must lie in (0, 1], got {self.phi_corct}")
-        check_phi(self.phi_lambda)
-        check_rho(self.rho)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value can be a setting: also NumPy's numbers and a 0-d tensor (a learning rate may be one)."""
-    return not isinstance(value, str | bytes) and all(hasattr(value, name) for name in ("__float__", "__lt__"))
+    def configuration(self) -> dict[str, Any]:
+        """What processes are configured with; each keeps its own seed."""
+        return {f.name: getattr(self.settings, f.name) for f in fields(Settings) if f.name != "seed"}
 
 
 class Schedules:
-    """`HyperParameters` as given: each a number, or a function of the epoch."""
+    """Hyper-parameters as given, by the paper's names: each a number, or a function of the epoch.
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self._given = {field.name: given[field.name] for field in fields(HyperParameters)}
-        self._held: tuple[int, HyperParameters] | None = None
+    Raises:
+        InputError: a number is out of range.
+        TypeError: there is no hyper-parameter of that name.
+    """
+
+    def __init__(self, preset: Preset, given: Given) -> None:
+        if unknown := set(given) - set(DEFAULTS):
+            raise TypeError(f"KFAC has no argument {', '.join(sorted(unknown))}")
+        self._given: dict[str, Any] = {**DEFAULTS, **given}
+        if self._given["T_brand"] is None:
+            self._given["T_brand"] = preset.T_brand
+        self._held: tuple[int, Hyper] | None = None
         if not self.vary:
             self.at(0)  # a bad value is refused now
 
@@ -114,7 +156,7 @@ class Schedules:
         """Whether any is a function of the epoch."""
         return any(callable(value) for value in self._given.values())
 
-    def at(self, epoch: int) -> HyperParameters:
+    def at(self, epoch: int) -> Hyper:
         """The values in `epoch`.
 
         Raises:
@@ -122,8 +164,19 @@ class Schedules:
         """
         if self._held is None or self._held[0] != epoch:
             values = {name: value(epoch) if callable(value) else value for name, value in self._given.items()}
-            self._held = epoch, HyperParameters(**values)
+            T_updt, phi = values.pop("T_updt"), values.pop("phi_lambda")
+            if not is_number(T_updt) or not 1 <= T_updt < float("inf") or T_updt % 1:
+                raise InputError(f"T_updt must be a whole number of at least 1, got {T_updt!r}")
+            if not is_number(phi):
+                raise InputError(f"phi_lambda must be a number, got {phi!r}")
+            check_phi(phi)
+            self._held = epoch, Hyper(Settings(**values), int(T_updt), float(phi))
         return self._held[1]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value can be a setting: also NumPy's numbers and a 0-d tensor (a learning rate may be one)."""
+    return not isinstance(value, str | bytes) and all(hasattr(value, name) for name in ("__float__", "__lt__"))
 
 
 def choice_of_side(policy: LayerPolicy, side: str) -> Choice:
@@ -145,54 +198,26 @@ def check_policy(layer: str, policy: LayerPolicy) -> None:
         choice = choice_of_side(policy, side)
         if isinstance(choice, str):
             try:
-                make_process(choice, Settings(rank=1), side)
+                Algorithm.parse(choice)
             except InputError as error:
                 raise InputError(f"layer {layer!r}: {error} (nor 'SGD', for the whole layer)") from None
         elif not callable(choice):
             raise InputError(f"layer {layer!r}: a process is named or made by a function, got {choice!r}")
 
 
-def falls_back(choice: Choice, info: FactorInfo, hyper: HyperParameters) -> bool:
-    """Whether a Brand process would have r + n >= d, where it saves nothing (§3.5)."""
-    if not isinstance(choice, str) or not choice.startswith(("B-", "FD")):
-        return False
-    rank = int(_own_settings(choice).get("rank", hyper.rank))
-    return rank + info.n >= info.d
+def named_process(choice: Choice, info: FactorInfo, settings: Settings) -> tuple[str, Process]:
+    """The process of `choice` and what it is called; one that needs r + n < d gives way where it is not (§3.5).
 
+    Draws differ between layers, factors and algorithms, and repeat with the seed.
 
-def make(choice: Choice, info: FactorInfo, hyper: HyperParameters, *, accumulate: bool, seed: int) -> Process:
-    """The process of `choice`. Draws differ between layers, factors and algorithms, and repeat with the seed."""
-    if not isinstance(choice, str):
-        process = choice(info)
-        if not isinstance(process, Process):
-            raise InputError(f"layer {info.layer!r}, factor {info.side}: {process!r} is not a kfacerr Process")
-        return process
-    own = int(np.random.SeedSequence([seed, *info.layer.encode()]).generate_state(1)[0])
-    settings = Settings(hyper.rank, hyper.rho, hyper.oversampling, hyper.n_pwr_it, seed=own)
-    process = make_process(choice, settings, info.side)
-    if isinstance(process, Brand):
-        process.accumulate = accumulate
-    tune(process, choice, hyper)
-    return process
-
-
-def tune(process: Process, choice: Choice, hyper: HyperParameters) -> None:
-    """Gives a process this epoch's values, but for the settings in its name. Your own processes are left alone.
-
-    Nor has an adaptive process the schedules' periods: its certificate says when.
+    Raises:
+        InputError: a function made no process.
     """
-    if not isinstance(choice, str):
-        return
-    fixed = _own_settings(choice)
-    for name, clock in process.clocks().items():
-        if name not in fixed and "adaptive" not in fixed:
-            clock.reschedule(int(getattr(hyper, name)))
-    for holder in (process, getattr(process, "sketch", None)):
-        for name in ("rank", "rho", "phi_corct", "oversampling", "n_pwr_it"):
-            if name not in fixed and hasattr(holder, name):
-                setattr(holder, name, getattr(hyper, name))
-
-
-def _own_settings(choice: str) -> dict[str, str]:
-    """ "R-KFAC T_inv=10" -> {"T_inv": "10"}."""
-    return {name: value for name, _, value in (option.partition("=") for option in choice.split()[1:])}
+    if isinstance(choice, str):
+        algorithm = Algorithm.parse(choice).for_factor(settings, info.d, info.n)
+        own = np.random.SeedSequence([settings.seed, *info.layer.encode()]).generate_state(1)[0]
+        return str(algorithm), algorithm.process(replace(settings, seed=int(own)), info.side)
+    process = choice(info)
+    if not isinstance(process, Process):
+        raise InputError(f"layer {info.layer!r}, factor {info.side}: {process!r} is not a kfacerr Process")
+    return type(process).__name__, process

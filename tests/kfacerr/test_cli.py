@@ -1,6 +1,7 @@
 """`kfacerr replay` and `kfacerr info` at the command line: the CSV contract, and one line for every bad input."""
 
 import functools
+import re
 import signal
 import subprocess
 import sys
@@ -532,3 +533,42 @@ def test_help_names_every_option_and_its_default(capsys):
     for option in ("--layer", "--rank", "--rho", "--phi", "--continuation", "--damping", "--algorithms", "--plot"):
         assert option in text
     assert "(default: 0.95)" in text and "None" not in text
+
+
+# ------------------------------------------------------------------------------------------ report, advise
+
+
+def test_report_writes_one_page_and_prints_the_summary(tmp_path, recording, capsys):
+    out = tmp_path / "r.html"
+    assert main(["report", str(recording), "--rank", "3", "--algorithms", "B-KFAC", "--out", str(out)]) == 0
+    page, printed = out.read_text(encoding="utf-8"), capsys.readouterr().out
+    assert page.startswith("<!doctype html>") and "B-KFAC" in page and "r = 3" in page
+    assert "certified A" in printed and "B-KFAC" in printed
+
+
+def test_advise_writes_the_table_and_ends_with_the_policy(tmp_path, recording, capsys):
+    out, plot = tmp_path / "a.csv", tmp_path / "a.pdf"
+    options = ("--layer", "fc", "--rank", "3", "--budget", "1e9x", "--out", str(out), "--plot", str(plot))
+    assert main(["advise", str(recording), *options]) == 0
+    frame = pd.read_csv(out)
+    assert list(frame.columns[:7]) == ["algorithm", "cost", *METRICS, "on_frontier"]
+    assert plot.stat().st_size > 1000
+    assert re.match(r"KFAC\(model, T_updt=\d+, policy=\{'fc': '.+'\}\)", capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["advise", "--layer", "fc", "--budget", "much", "--out", "a.csv"], "budget 'much': give milliseconds"),
+        (["advise", "--layer", "nope", "--out", "a.csv"], "no layer 'nope'"),
+        (["advise", "--layer", "fc", "--phi", "0", "--out", "a.csv"], "phi must be positive"),
+        (["report", "--rank", "0", "--out", "r.html"], "--rank must be at least 1"),
+        (["report", "--out", "no/r.html"], "the folder no does not exist"),
+    ],
+)
+def test_report_and_advise_refuse_in_one_line(tmp_path, recording, monkeypatch, capsys, command, message):
+    monkeypatch.chdir(tmp_path)
+    name, *options = command
+    assert main([name, str(recording), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

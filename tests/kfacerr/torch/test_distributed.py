@@ -1,9 +1,11 @@
 """Several processes take the steps of one: two gloo processes on the CPU, started once for all tests here."""
 
 import contextlib
+import importlib
 import io
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,27 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from kfacerr.exceptions import InputError
-from kfacerr.torch import KFAC, factored
-from kfacerr.torch.distributed import Processes, assign
-from kfacerr.torch.layers import Factor
-from tests.kfacerr.torch.test_optimizer import convnet, images, mlp, parameters, relative, vectors
-from tests.kfacerr.torch.test_optimizer_use import snapshot
+from kfacerr.torch import KFAC, SENG, factored
+from kfacerr.torch._kfac_layer import KFACLayer
+from kfacerr.torch.distributed import Team, assign
+from tests.kfacerr.torch.cases import (
+    ALGORITHMS,
+    convnet,
+    images,
+    mlp,
+    parameters,
+    relative,
+    same,
+    snapshot,
+    vectors,
+)
 
 W, STEPS = 2, 6
-ALGORITHMS = ["K-FAC", "R-KFAC", "SRE-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C"]
 BUSY = {"lr": 0.1, "rank": 4, "T_updt": 2, "T_inv": 4, "T_brand": 2, "T_rsvd": 4, "T_corct": 4, "momentum": 0.5}
 """Sketches of 4 + 10 columns of the 28 x 28 factor: the draws are seen in the result."""
 
@@ -34,7 +45,7 @@ def run(
 ) -> dict[str, Any]:
     """Trains on this process's share of batches of 8; the whole of them where there is but one."""
     net, batch = MAKES[make][0](), MAKES[make][1]
-    team = Processes()
+    team = Team()
     model = DistributedDataParallel(net) if team.size > 1 else net
     optimizer = KFAC(model, algorithm, **{**BUSY, **options})
     for k in range(STEPS):
@@ -46,7 +57,7 @@ def step(
     model: nn.Module,
     optimizer: KFAC,
     batch: tuple[Tensor, Tensor],
-    team: Processes,
+    team: Team,
     micro: int = 1,
     uneven: bool = False,
 ) -> None:
@@ -73,7 +84,7 @@ def result(net: nn.Module, optimizer: KFAC) -> dict[str, Any]:
 
 def not_finite() -> dict[str, Any]:
     """NaN in the input of one process in step 2, 3 and, in the columns alone, 4."""
-    net, team = convnet(), Processes()
+    net, team = convnet(), Team()
     model = DistributedDataParallel(net) if team.size > 1 else net
     optimizer = KFAC(model, "B-R-KFAC", **BUSY)
     ks = []
@@ -87,38 +98,44 @@ def not_finite() -> dict[str, Any]:
             # G G^T would overflow on this process, and the gradient does not tell.
             optimizer.zero_grad()
             F.cross_entropy(model(images(91, b=4)[0]), images(91, b=4)[1]).backward()
+            layer = optimizer.layers["3"]
             if team.rank == 1:
-                optimizer._collect()
-                optimizer.layers["3"].parts[0].columns.G.fill_(1e200)
+                layer.collect = partial(overflowing, layer)  # type: ignore[method-assign]
             optimizer.step()
+            layer.__dict__.pop("collect", None)
             ks.append(optimizer.k)
         step(model, optimizer, images(k, b=8), team)
     return {**result(net, optimizer), "ks": ks}
+
+
+def overflowing(layer: KFACLayer, captures: Any) -> None:
+    KFACLayer.collect(layer, captures)
+    layer.parts[0].columns.G.fill_(1e200)
 
 
 def uneven_factors() -> dict[str, Any]:
     """The dense factors after one step on batches of 2 and 6."""
     model = DistributedDataParallel(mlp())
     optimizer = KFAC(model, "K-FAC", **BUSY)
-    step(model, optimizer, vectors(0, b=8), Processes(), uneven=True)
-    return {side: factor.ea.M for side, factor in optimizer.layers["0"].factors.items()}
+    step(model, optimizer, vectors(0, b=8), Team(), uneven=True)
+    return {side: factor.average.M for side, factor in optimizer.layers["0"].factors.items()}
 
 
 def shared_work() -> dict[str, Any]:
     """Which factors this process decomposed, by step."""
     done: list[tuple[str, str]] = []
-    advance = Factor.advance
+    push = KFACLayer.push
 
-    def recorded(self: Factor, k: int, X: Tensor) -> None:
-        if self.due(k):
-            done.append((self.info.layer, self.info.side))
-        advance(self, k, X)
+    def recorded(self: KFACLayer, side: str, k: int, X: Tensor, **options: Any) -> None:
+        if self.factors[side].due(k):
+            done.append((self.name, side))
+        push(self, side, k, X, **options)
 
-    Factor.advance = recorded  # type: ignore[method-assign]
+    KFACLayer.push = recorded  # type: ignore[method-assign]
     try:
         run("convnet", "K-FAC", T_updt=1, T_inv=STEPS)
     finally:
-        Factor.advance = advance  # type: ignore[method-assign]
+        KFACLayer.push = push  # type: ignore[method-assign]
     return {"done": done}
 
 
@@ -126,7 +143,7 @@ def resumed(file: io.BytesIO) -> dict[str, Any]:
     """Goes on from another number of processes' checkpoint."""
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    net, team = convnet(), Processes()
+    net, team = convnet(), Team()
     net.load_state_dict(saved["net"])
     model = DistributedDataParallel(net) if team.size > 1 else net
     optimizer = KFAC(model, "B-R-KFAC", **BUSY)
@@ -137,7 +154,7 @@ def resumed(file: io.BytesIO) -> dict[str, Any]:
 
 
 def checkpoint() -> io.BytesIO:
-    net, team = convnet(), Processes()
+    net, team = convnet(), Team()
     model = DistributedDataParallel(net) if team.size > 1 else net
     optimizer = KFAC(model, "B-R-KFAC", **BUSY)
     for k in range(3):
@@ -149,7 +166,7 @@ def checkpoint() -> io.BytesIO:
 
 def without_ddp() -> dict[str, Any]:
     """Gradients that nobody averages: refused; and processes that train on their own."""
-    team = Processes()
+    team = Team()
     x, y = vectors(team.rank)
     out: dict[str, Any] = {}
     net = mlp()
@@ -166,10 +183,35 @@ def without_ddp() -> dict[str, Any]:
     return {**out, "alone": parameters(net)}
 
 
+def refused() -> dict[str, Any]:
+    """What cannot be trained by several processes: SENG, also where DDP comes after it, and sharded parameters."""
+    errors = {}
+    for name, make in (("KFAC", KFAC), ("SENG", SENG)):
+        net = mlp()
+        optimizer = make(net)
+        if name == "SENG":
+            model = DistributedDataParallel(net)
+            F.cross_entropy(model(vectors(0)[0]), vectors(0)[1]).backward()
+            errors["SENG before DDP"] = _error(optimizer.step)
+        net = mlp()
+        optimizer = make(net)
+        fully_shard(net)
+        errors[f"{name} before fully_shard"] = _error(optimizer.step)
+        errors[f"{name} after fully_shard"] = _error(lambda net=net, make=make: make(net))
+    return {"errors": errors}
+
+
+def _error(call: Any) -> str:
+    try:
+        call()
+    except InputError as error:
+        return str(error)
+    return "none"
+
+
 def failing() -> dict[str, Any]:
     """One factor of one process cannot be decomposed."""
-    from kfacerr import rsvd as decompositions
-
+    decompositions: Any = importlib.import_module("kfacerr.rsvd")
     original = decompositions.eigh_descending
 
     def eigh(K: Tensor, what: str = "matrix") -> Any:
@@ -189,7 +231,6 @@ def failing() -> dict[str, Any]:
 
 SCENARIOS = {
     **{algorithm: lambda algorithm=algorithm: run("convnet", algorithm) for algorithm in ALGORITHMS},
-    "adaptive": lambda: run("convnet", policy={"3": "R-KFAC adaptive=1.5 rank=4"}, T_inv=100),
     "accumulate": lambda: run("mlp", "B-KFAC", accumulate=True, T_updt=1, T_brand=3),
     "micro-batches": lambda: run("convnet", micro=2),
     "Algorithm 8": lambda: run("convnet", "B-KFAC", linear_application=["0", "3"]),
@@ -206,6 +247,7 @@ ONLY_TOGETHER = {
     "uneven, one step": uneven_factors,
     "shared work": shared_work,
     "without DDP": without_ddp,
+    "refused": refused,
 }
 
 
@@ -248,12 +290,6 @@ def together(tmp_path_factory) -> list[dict[str, Any]]:
     return results
 
 
-def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return set(one) == set(other) and all(
-        torch.equal(a, other[key]) if isinstance(a, Tensor) else a == other[key] for key, a in one.items()
-    )
-
-
 # ---- the claims ---------------------------------------------------------------------------------------------
 
 
@@ -272,7 +308,7 @@ def test_two_processes_take_the_steps_of_one_with_both_their_batches(name, toget
 def test_all_processes_hold_the_same_state_bit_for_bit(name, together):
     first, second = (results[name] for results in together)
     assert torch.equal(first["parameters"], second["parameters"])
-    assert equal(first["state"], second["state"])
+    assert same(first["state"], second["state"])
 
 
 def test_a_skipped_step_is_skipped_by_all(together):
@@ -341,3 +377,12 @@ def test_gradients_that_nobody_averages_are_refused_and_processes_may_train_on_t
         F.cross_entropy(net(vectors(rank)[0]), vectors(rank)[1]).backward()
         optimizer.step()
         assert torch.equal(results["without DDP"]["alone"], parameters(net))
+
+
+def test_what_several_processes_cannot_train_is_refused_in_one_line(together):
+    for results in together:
+        errors = results["refused"]["errors"]
+        assert len(errors) == 5
+        assert "SENG runs in one process" in errors.pop("SENG before DDP")
+        for name, text in errors.items():
+            assert "sharded (fully_shard)" in text and "DistributedDataParallel" in text and "\n" not in text, name

@@ -28,7 +28,7 @@ from studies.files import load_checkpoint, save_checkpoint
 from studies.running import open_output
 from studies.training import Training
 from tests.conftest import BACKENDS, Backend, backend
-from tests.kfacerr.torch.test_optimizer import convnet, images, mlp, parameters, relative, vectors
+from tests.kfacerr.torch.cases import convnet, images, mlp, parameters, relative, vectors
 from tests.strategies import psd, stream
 from tests.studies.test_training import tiny_dataset, tiny_training
 

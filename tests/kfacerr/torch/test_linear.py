@@ -1,6 +1,7 @@
 """`FactoredLinear`: the steps of `nn.Linear` without its gradient, and that gradient for whoever reads it."""
 
 import copy
+import importlib
 import io
 import logging
 import pickle
@@ -13,12 +14,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfacerr import rsvd as decompositions
 from kfacerr.exceptions import InputError
 from kfacerr.torch import KFAC, FactoredLinear, factored
+from kfacerr.torch._product import Product
 from kfacerr.torch.linear import FactoredParameter, formed, has_gradient, held
-from kfacerr.torch.product import Product
-from tests.kfacerr.torch.test_optimizer import convnet, images, mlp, parameters, relative, train, vectors
+from tests.kfacerr.torch.cases import convnet, images, loss_of, mlp, parameters, relative, train, vectors
 
 BUSY = {"rank": 4, "lr": 0.1, "T_updt": 3, "T_inv": 3, "T_brand": 3, "T_corct": 6, "T_rsvd": 6, "momentum": 0.5}
 
@@ -26,10 +26,6 @@ BUSY = {"rank": 4, "lr": 0.1, "T_updt": 3, "T_inv": 3, "T_brand": 3, "T_corct": 
 def drop_in() -> nn.Sequential:
     """`mlp()`, 40-30-6, whose first layer's factors are smaller than its gradient at batches of 4."""
     return factored(mlp())
-
-
-def loss_of(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(net(batch[0]), batch[1])
 
 
 def is_deferred(p: nn.Parameter) -> bool:
@@ -202,16 +198,6 @@ def test_a_backward_that_builds_a_graph_leaves_a_gradient_with_one():
     assert relative(seconds[1], seconds[0]) <= 1e-12
 
 
-def test_checkpointed_activations_leave_the_same_gradient():
-    grads = []
-    for net in (mlp(), drop_in()):
-        x, y = vectors(0)
-        x.requires_grad_()
-        F.cross_entropy(torch.utils.checkpoint.checkpoint(net, x, use_reentrant=False), y).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
-    assert relative(grads[1], grads[0]) <= 1e-14
-
-
 def test_a_layer_switched_off_or_with_a_computed_weight_is_a_linear_layer():
     off = FactoredLinear(40, 30)
     off.defer = False
@@ -219,14 +205,6 @@ def test_a_layer_switched_off_or_with_a_computed_weight_is_a_linear_layer():
     for layer in (off, computed):
         layer(torch.randn(2, 40)).sum().backward()
         assert all(formed(p) is not None for p in layer.parameters())
-
-
-def test_form_grad_forms_it():
-    layer = FactoredLinear(40, 30)
-    layer(torch.randn(2, 40)).sum().backward()
-    assert is_deferred(layer.weight) and is_deferred(layer.bias)
-    layer.form_grad()
-    assert formed(layer.weight) is not None and formed(layer.bias) is not None and not held(layer.weight)
 
 
 def test_an_input_overwritten_before_the_gradient_is_used_is_refused():
@@ -299,16 +277,6 @@ def test_a_forward_without_gradients_keeps_nothing():
     assert layer(torch.randn(2, 40)).grad_fn is None
 
 
-def test_an_inplace_activation_behind_it_changes_nothing():
-    results = []
-    for inplace in (False, True):
-        net = drop_in()
-        net[1] = nn.ReLU(inplace)
-        train(net, KFAC(net, "B-KFAC", **BUSY), [vectors(k) for k in range(4)])
-        results.append(parameters(net))
-    assert torch.equal(*results)
-
-
 def test_factored_swaps_the_named_layers_in_place_and_no_others():
     net = nn.Sequential(mlp(), nn.MultiheadAttention(8, 2), nn.Conv2d(1, 1, 1))
     layer = net[0][2]
@@ -345,43 +313,6 @@ def test_the_step_uses_the_gradient_up():
     assert is_deferred(net[0].weight) and is_deferred(net[0].bias)
     optimizer.step()
     assert net[0].weight.grad is None and net[0].bias.grad is None
-
-
-@pytest.mark.parametrize("clear", ["optimizer", "model", "by hand"])
-def test_a_backward_without_a_step_is_dropped(clear):
-    results = []
-    for abandoned in (False, True):
-        net = drop_in()
-        optimizer = KFAC(net, "B-KFAC", **BUSY)
-        for k in range(4):
-            if abandoned:
-                loss_of(net, vectors(50 + k, b=3)).backward()
-            if clear == "optimizer":
-                optimizer.zero_grad()
-            elif clear == "model":
-                net.zero_grad()
-            else:
-                for p in net.parameters():
-                    p.grad = None
-            loss_of(net, vectors(k)).backward()
-            optimizer.step()
-        results.append(parameters(net))
-    assert torch.equal(*results)
-
-
-def test_micro_batches_are_the_full_batch(never_formed):
-    results = []
-    for sizes in ([8], [3, 1, 4]):
-        net = drop_in()
-        optimizer = KFAC(net, "B-R-KFAC", lr=0.1, rank=3, T_updt=1, T_brand=1, T_rsvd=2, oversampling=40)
-        for k in range(4):
-            x, y = vectors(k, b=8)
-            optimizer.zero_grad()
-            for part in torch.arange(8).split(sizes):
-                (loss_of(net, (x[part], y[part])) * len(part) / 8).backward()
-            optimizer.step()
-        results.append(parameters(net))
-    assert relative(results[1], results[0]) <= 1e-10
 
 
 @pytest.mark.parametrize("change", ["clip", "penalty", "tiny penalty", "read", "bias", "hook on the output"])
@@ -464,28 +395,6 @@ def test_a_gradient_that_the_optimizer_forms_is_unscaled():
     assert relative(results[1], results[0]) <= 1e-12
 
 
-def test_autocast_gives_the_step_of_a_linear_layer(caplog):
-    nets = [mlp(torch.float32), factored(mlp(torch.float32))]
-    for net in nets:
-        optimizer = KFAC(net, "B-KFAC", **BUSY)
-        for k in range(5):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = loss_of(net, vectors(k, dtype=torch.float32))
-            loss.backward()
-            optimizer.step()
-    start = parameters(mlp(torch.float32))
-    assert relative(parameters(nets[1]) - start, parameters(nets[0]) - start) <= 0.02
-    assert "Algorithm 1" not in caplog.text
-    grads = []
-    for net in (mlp(torch.float32), factored(mlp(torch.float32))):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss_of(net, vectors(9, dtype=torch.float32)).backward()
-        assert net[0].weight.grad.dtype == torch.float32
-        grads.append(net[0].weight.grad)
-    assert relative(grads[1], grads[0]) <= 1e-6
-
-
 def test_sampled_labels_take_algorithm_1_and_the_log_says_so(caplog):
     results = []
     for make in (mlp, drop_in):
@@ -521,7 +430,7 @@ def test_without_any_estimate_the_step_is_the_plain_gradient(monkeypatch):
     def eigh(K, what="matrix"):
         raise torch.linalg.LinAlgError("the algorithm failed to converge")
 
-    monkeypatch.setattr(decompositions, "eigh_descending", eigh)
+    monkeypatch.setattr(importlib.import_module("kfacerr.rsvd"), "eigh_descending", eigh)
     net, other = drop_in(), mlp()
     with pytest.warns(RuntimeWarning, match="decomposition failed"):
         train(net, KFAC(net, "K-FAC", lr=0.1, clip=None, weight_decay=0), [vectors(0)])

@@ -1,35 +1,20 @@
-"""The live stream reproduces autograd's own gradient, eq. (20), and refuses what would give wrong columns."""
+"""The follower matches forwards and backwards, whoever calls them, and refuses what would give wrong columns."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kfacerr.exceptions import InputError
 from kfacerr.torch import ColumnHooks
-from kfacerr.torch.hooks import conv2d_columns, followable_layers, linear_columns
-
-FAST = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-def _gradient(layer: nn.Module) -> Tensor:
-    """Mat(g): the weight's gradient and the bias's as a last column."""
-    parts = [layer.weight.grad.flatten(1)]
-    if layer.bias is not None:
-        parts.append(layer.bias.grad[:, None])
-    return torch.cat(parts, dim=1)
-
-
-def _assert_reproduces(layer: nn.Module, columns, rtol: float = 1e-12) -> None:
-    expected = _gradient(layer)
-    error = (columns.G @ columns.A.T - expected).norm()
-    assert error <= rtol * expected.norm()
-    assert expected.norm() > 0
+from kfacerr.torch.follower import Follower, followable_layers
+from tests.kfacerr.torch.test_columns import assert_reproduces, gradient
 
 
 def _net(**kwargs) -> nn.Sequential:
@@ -58,101 +43,6 @@ def _loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(net(x), y)
 
 
-# ------------------------------------------------------------------------------------------- eq. (20)
-
-
-@FAST
-@given(
-    extra=st.lists(st.integers(1, 3), max_size=2),
-    b=st.integers(1, 4),
-    d_in=st.integers(1, 5),
-    d_out=st.integers(1, 4),
-    bias=st.booleans(),
-)
-def test_columns_reproduce_autograd_gradient_of_linear(extra, b, d_in, d_out, bias):
-    torch.manual_seed(0)
-    layer = nn.Linear(d_in, d_out, bias=bias).double()
-    x = torch.randn(b, *extra, d_in, dtype=torch.float64)
-    with ColumnHooks(layer, [""]) as hooks:
-        out = layer(x)
-        (out * torch.randn_like(out)).sum().backward()
-        columns = hooks.pop()[""]
-    n = x[..., 0].numel()
-    assert columns.A.shape == (d_in + bias, n)
-    assert columns.G.shape == (d_out, n)
-    _assert_reproduces(layer, columns)
-
-
-@FAST
-@given(data=st.data())
-def test_columns_reproduce_autograd_gradient_of_conv2d(data):
-    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
-    kernel, dilation = data.draw(pair), data.draw(pair)
-    padding = data.draw(
-        st.one_of(st.tuples(st.integers(0, 2), st.integers(0, 2)), st.sampled_from(["same", "valid"]))
-    )
-    stride = (1, 1) if padding == "same" else data.draw(pair)
-    layer_options = {
-        "bias": data.draw(st.booleans()),
-        "padding_mode": data.draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"])),
-    }
-    b, c_in, c_out = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)))
-    height, width = data.draw(st.tuples(st.integers(4, 8), st.integers(4, 8)))
-    assume(
-        all(
-            size + (0 if isinstance(padding, str) else 2 * p) > d * (k - 1)
-            for size, p, d, k in zip((height, width), padding, dilation, kernel, strict=False)
-        )
-    )
-    torch.manual_seed(0)
-    layer = nn.Conv2d(
-        c_in, c_out, kernel, stride=stride, padding=padding, dilation=dilation, **layer_options
-    ).double()
-    x = torch.randn(b, c_in, height, width, dtype=torch.float64)
-    with ColumnHooks(layer, [""]) as hooks:
-        out = layer(x)
-        (out * torch.randn_like(out)).sum().backward()
-        columns = hooks.pop()[""]
-    n = b * out[0, 0].numel()
-    assert columns.A.shape == (c_in * kernel[0] * kernel[1] + layer_options["bias"], n)
-    assert columns.G.shape == (c_out, n)
-    _assert_reproduces(layer, columns)
-
-
-def test_unbatched_inputs_are_a_batch_of_one():
-    torch.manual_seed(0)
-    for layer, shape in ((nn.Linear(3, 2), (3,)), (nn.Conv2d(2, 3, 2), (2, 4, 4))):
-        with ColumnHooks(layer, [""]) as hooks:
-            layer(torch.randn(shape)).square().sum().backward()
-            _assert_reproduces(layer, hooks.pop()[""], rtol=1e-5)
-
-
-def test_factors_are_batch_means_of_the_per_sample_quantities():
-    """A A^T = Omega and G G^T = |T| Gamma of Grosse & Martens, from one sample at a time."""
-    torch.manual_seed(0)
-    layer = nn.Conv2d(2, 3, 2).double()
-    x = torch.randn(4, 2, 3, 3, dtype=torch.float64)
-    weight = torch.randn(4, 3, 2, 2, dtype=torch.float64)  # dLoss_i/do of each sample's own loss
-    A, G = conv2d_columns(layer, x, weight / 4)
-    omega, gamma = torch.zeros(9, 9, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
-    positions = [(i, j) for i in range(2) for j in range(2)]
-    for sample, ds in zip(x, weight, strict=True):
-        for i, j in positions:
-            a = torch.cat([sample[:, i : i + 2, j : j + 2].reshape(-1), torch.ones(1, dtype=torch.float64)])
-            omega += torch.outer(a, a) / 4
-            gamma += torch.outer(ds[:, i, j], ds[:, i, j]) / (4 * len(positions))
-    torch.testing.assert_close(A @ A.T, omega)
-    torch.testing.assert_close(G @ G.T, len(positions) * gamma)
-
-
-def test_linear_column_i_is_the_scaled_input_and_gradient_of_sample_i():
-    layer = nn.Linear(2, 2)
-    x, grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, 6.0], [7.0, 8.0]])
-    A, G = linear_columns(layer, x, grad)
-    torch.testing.assert_close(A * 2**0.5, torch.tensor([[1.0, 3.0], [2.0, 4.0], [1.0, 1.0]]))
-    torch.testing.assert_close(G / 2**0.5, torch.tensor([[5.0, 7.0], [6.0, 8.0]]))
-
-
 # ------------------------------------------------------------------------------- models as they are
 
 
@@ -165,7 +55,7 @@ def test_several_layers_with_inplace_relu_and_dropout_behind_them():
             columns = hooks.pop()
             assert tuple(columns) == NAMES
             for name in NAMES:
-                _assert_reproduces(net.get_submodule(name), columns[name])
+                assert_reproduces(net.get_submodule(name), columns[name])
 
 
 def test_hooks_leave_the_gradient_bit_for_bit_as_it_was():
@@ -205,7 +95,7 @@ def test_bfloat16_autocast_gives_float32_columns_close_to_the_gradient():
         loss.backward()
         for name, columns in hooks.pop().items():
             assert columns.A.dtype == columns.G.dtype == torch.float32
-            _assert_reproduces(net.get_submodule(name), columns, rtol=2e-2)
+            assert_reproduces(net.get_submodule(name), columns, rtol=2e-2)
 
 
 def test_loss_scale_is_taken_out_of_G():
@@ -223,7 +113,7 @@ def test_layer_called_with_a_keyword_argument():
     layer = nn.Linear(2, 2)
     with ColumnHooks(layer, [""]) as hooks:
         layer(input=torch.ones(3, 2)).sum().backward()
-        _assert_reproduces(layer, hooks.pop()[""], rtol=1e-6)
+        assert_reproduces(layer, hooks.pop()[""], rtol=1e-6)
 
 
 def test_frozen_layer_is_followed_as_long_as_its_output_needs_a_gradient():
@@ -248,7 +138,7 @@ def test_evaluation_without_gradient_disturbs_nothing():
         with torch.no_grad():
             net(torch.zeros_like(x))
         for name, columns in hooks.pop().items():
-            _assert_reproduces(net.get_submodule(name), columns)
+            assert_reproduces(net.get_submodule(name), columns)
 
 
 def test_forward_without_backward_is_forgotten():
@@ -258,7 +148,7 @@ def test_forward_without_backward_is_forgotten():
         net(2 * x)
         _loss(net, x, y).backward()
         for name, columns in hooks.pop().items():
-            _assert_reproduces(net.get_submodule(name), columns)
+            assert_reproduces(net.get_submodule(name), columns)
 
 
 def test_nothing_is_captured_while_disabled():
@@ -299,7 +189,7 @@ def test_deepcopy_of_a_hooked_model_is_independent(when):
             clone = copy.deepcopy(net)
         _loss(clone, 2 * x, y).backward()
         for name, columns in hooks.pop().items():
-            _assert_reproduces(net.get_submodule(name), columns)
+            assert_reproduces(net.get_submodule(name), columns)
 
 
 def test_hooked_model_can_be_pickled():
@@ -338,15 +228,16 @@ class _Twice(nn.Module):
         return self.fc(self.fc(x))
 
 
-def test_layer_used_twice_in_one_forward_is_refused():
+def test_layer_used_twice_in_one_backward_is_refused():
     net = _Twice()
     with ColumnHooks(net, ["fc"]) as hooks:
-        with pytest.raises(InputError, match="'fc' is used twice in one forward"):
-            net(torch.ones(2, 3))
+        for _ in range(2):  # in every step, not in the first alone
+            with pytest.raises(InputError, match="'fc' is used twice in one backward"):
+                net(torch.ones(2, 3)).sum().backward()
         with torch.no_grad():
             net(torch.ones(2, 3))
         hooks.enabled = False
-        net(torch.ones(2, 3))
+        net(torch.ones(2, 3)).sum().backward()
 
 
 def test_layer_that_is_never_reached_is_named():
@@ -361,7 +252,7 @@ def test_pop_between_forward_and_backward_is_refused():
     net = _net()
     with ColumnHooks(net, ["3"]) as hooks:
         net(_batch(torch.float32)[0])
-        with pytest.raises(InputError, match="'3' was reached by the forward but by no backward"):
+        with pytest.raises(InputError, match="'3' was reached by a forward but by no backward"):
             hooks.pop()
 
 
@@ -374,10 +265,10 @@ def test_gradient_accumulation_pops_after_each_micro_batch():
             (_loss(net, x[part], y[part]) / 2).backward()
             A, G = hooks.pop(loss_scale=0.5)["3"]
             total += G @ A.T / 2
-        torch.testing.assert_close(total, _gradient(net[3]))
+        torch.testing.assert_close(total, gradient(net[3]))
         _loss(net, x, y).backward()
         with pytest.raises(InputError, match=r"'3'.*call pop\(\) after each backward"):
-            net(x)
+            _loss(net, x, y).backward()
         assert set(hooks.pop()) == {"3"}  # the refusal lost nothing
 
 
@@ -396,22 +287,20 @@ def test_two_forwards_in_one_backward_are_refused():
     x, y = _batch()
     with ColumnHooks(net, ["3"]):
         loss = _loss(net, x, y) + _loss(net, 2 * x, y)
-        with pytest.raises(InputError, match="one forward per backward"):
+        with pytest.raises(InputError, match="'3' is used twice in one backward"):
             loss.backward()
 
 
 def test_a_backward_without_the_weights_gradient_leaves_no_columns():
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     x = torch.randn(5, 3, requires_grad=True)
-    with ColumnHooks(net, ["0", "2"]) as hooks:
-        torch.autograd.grad(net(x).sum(), x)
-        assert not hooks.pending()
-        loss = net(x).square().sum()
-        loss.backward(inputs=[net[2].weight], retain_graph=True)
-        assert list(hooks.pending()) == ["2"]
-        hooks.forget()
-        torch.autograd.grad(net(x).sum(), [net[0].weight, net[2].weight])
-        assert list(hooks.pending()) == ["0", "2"]
+    follower = _follower(net, "0", "2")
+    torch.autograd.grad(net(x).sum(), x)
+    assert not follower.take()
+    net(x).square().sum().backward(inputs=[net[2].weight], retain_graph=True)
+    assert list(follower.take()) == ["2"]
+    torch.autograd.grad(net(x).sum(), [net[0].weight, net[2].weight])
+    assert set(follower.take()) == {"0", "2"}
 
 
 def test_the_output_projection_of_attention_cannot_be_followed():
@@ -436,9 +325,10 @@ def test_input_overwritten_before_pop_is_refused():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        (["fc9"], "no layer 'fc9'; the model's Linear and Conv2d layers: conv, fc"),
-        (["norm"], "'norm' is a BatchNorm2d, not a Linear or Conv2d; .*: conv, fc"),
+        (["fc9"], "no layer 'fc9'; the layers that can be followed: conv, fc"),
+        (["norm"], "'norm' is a BatchNorm2d, not a Linear, Conv1d or Conv2d; .*: conv, fc"),
         (["grouped"], r"'grouped' is a grouped convolution \(groups=2\).*: conv, fc"),
+        (["tied"], "'tied' shares its weight with another layer, so that G A.T is not the weight's gradient"),
         (["fc", "fc"], "'fc' is named twice"),
         ([], "no layer is named; .*: conv, fc"),
     ],
@@ -450,10 +340,192 @@ def test_bad_layer_names_are_refused_and_the_candidates_listed(layers, message):
             "norm": nn.BatchNorm2d(2),
             "grouped": nn.Conv2d(2, 2, 3, groups=2),
             "fc": nn.Linear(2, 2),
+            "tied": nn.Linear(3, 2),
+            "embedding": nn.Embedding(2, 3),
         }
     )
+    net["embedding"].weight = net["tied"].weight
     with pytest.raises(InputError, match=message) as caught:
         ColumnHooks(net, layers)
     assert "\n" not in str(caught.value)
     assert followable_layers(net) == ["conv", "fc"]
     assert not net["fc"]._forward_hooks
+
+
+# --------------------------------------------------------------------- whoever calls the layers, and when
+
+
+def _follower(net: nn.Module, *names: str, several: bool = True) -> Follower:
+    modules = {name: net.get_submodule(name) for name in names}
+    return Follower(modules, several=several, way_out=lambda name: "leave it out")
+
+
+def _segments(depth: int, reentrant: bool):
+    """Forwards of a net that is recomputed in the backward, whole or in nested segments."""
+
+    def run(net: nn.Module, x: Tensor) -> Tensor:
+        call = net
+        for _ in range(depth):
+            call = _checkpointed(call, reentrant)
+        return call(x)
+
+    return run
+
+
+def _checkpointed(call, reentrant: bool):
+    return lambda x: checkpoint(call, x, use_reentrant=reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_recomputed_forwards_are_followed(reentrant, depth):
+    """Checkpointing of either kind: the columns are those of the gradient."""
+    net = _net(dtype=torch.float64)
+    x, y = _batch()
+    x.requires_grad_()
+    run = _segments(depth, reentrant)
+    with ColumnHooks(net, NAMES) as hooks:
+        for _ in range(2):
+            net.zero_grad()
+            F.cross_entropy(run(net, x), y).backward()
+            for name, columns in hooks.pop().items():
+                assert_reproduces(net.get_submodule(name), columns)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_a_layer_in_two_recomputed_segments_of_one_backward_is_used_twice(reentrant):
+    """Reentrant segments run backwards of their own inside the user's one."""
+    layer = nn.Linear(3, 3)
+    segment = _checkpointed(lambda x: torch.tanh(layer(x)), reentrant)
+    nested = _checkpointed(segment, reentrant)
+    x = torch.ones(2, 3, requires_grad=True)
+    follower = _follower(layer, "")
+    for call in (segment, nested):
+        with pytest.raises(InputError, match="layer '' is used twice in one backward"):
+            call(call(x)).sum().backward()
+        for outside in (lambda: layer(call(x)), lambda: call(layer(x))):  # noqa: B023
+            with pytest.raises(InputError, match="layer '' is used twice in one backward"):
+                outside().sum().backward()
+        for _ in range(2):
+            call(x).sum().backward()
+        (passes,) = follower.take().values()
+        assert len(passes) == 2 and len({capture.backward for capture in passes}) == 2
+
+
+def test_backwards_are_micro_batches_whatever_the_order_of_the_forwards():
+    net = _net(dtype=torch.float64).eval()
+    x, y = _batch(b=6)
+    follower = _follower(net, "3")
+    parts = [(x[:2], y[:2]), (x[2:], y[2:])]
+    losses = [_loss(net, *part) for part in parts]
+    net[3](torch.zeros(1, 48, dtype=torch.float64))  # a part of the model alone, and no backward
+    for loss in losses:
+        loss.backward()
+    (passes,) = follower.take().values()
+    total = sum(capture.grad.T @ capture.x for capture in passes)
+    torch.testing.assert_close(total, net[3].weight.grad)
+    assert [len(capture.x) for capture in passes] == [2, 4]
+
+
+def test_backwards_through_a_retained_graph_add_up():
+    net = _net(dtype=torch.float64).eval()
+    follower = _follower(net, "3")
+    loss = _loss(net, *_batch())
+    loss.backward(retain_graph=True)
+    (2 * loss).backward(retain_graph=True)
+    (passes,) = follower.take().values()
+    (capture,) = passes
+    torch.testing.assert_close(capture.grad.T @ capture.x, net[3].weight.grad)
+    loss.backward()
+    assert not follower.take()  # it has been taken
+
+
+def test_captures_whose_gradient_was_cleared_are_dropped_by_the_next():
+    net = _net(dtype=torch.float64).eval()
+    follower = _follower(net, "0", "3")
+    loss = _loss(net, *_batch())
+    loss.backward(retain_graph=True)
+    _loss(net, *_batch(b=2)).backward()
+    net[3].zero_grad()
+    loss.backward()
+    taken = follower.take()
+    assert [len(capture.x) for capture in taken["0"]] == [5, 2]
+    (capture,) = taken["3"]
+    torch.testing.assert_close(capture.grad.T @ capture.x, net[3].weight.grad)
+
+
+def test_a_forward_without_a_backward_leaves_nothing_in_memory():
+    net = _net()
+    follower = _follower(net, *NAMES)
+    x = torch.randn(5, 2, 4, 4)
+    kept = weakref.ref(x)
+    out = net(x)
+    assert not follower.take()
+    del out, x
+    gc.collect()
+    assert kept() is None
+
+
+def test_what_was_taken_and_released_is_not_held_by_the_graph():
+    layer = nn.Linear(3, 2)
+    follower = _follower(layer, "")
+    x = torch.randn(4, 3)
+    kept = weakref.ref(x)
+    out = layer(x.sin())
+    out.square().sum().backward()
+    ((capture,),) = follower.take().values()
+    held = weakref.ref(capture.x.untyped_storage())
+    capture.release()
+    del capture, x
+    gc.collect()
+    assert kept() is None and held() is None and out.grad_fn is not None
+
+
+def test_a_backward_after_one_that_failed_is_another():
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise ValueError("no gradient here")
+
+    net = _net(dtype=torch.float64).eval()
+    follower = _follower(net, "3")
+    x, y = _batch()
+    with pytest.raises(ValueError, match="no gradient here"):
+        F.cross_entropy(net[3:](Fails.apply(net[:3](x))), y).backward()
+    _loss(net, x, y).backward()
+    first, second = follower.take()["3"]
+    assert first.backward != second.backward
+
+
+def test_only_active_layers_are_caught():
+    net = _net()
+    follower = _follower(net, *NAMES)
+    follower.active = {"3"}
+    _loss(net, *_batch(torch.float32)).backward()
+    assert list(follower.take()) == ["3"]
+
+
+def test_under_torch_func_nothing_is_caught():
+    net = _net().eval()
+    x, y = _batch(torch.float32)
+    follower = _follower(net, *NAMES)
+    own = {name: p.detach() for name, p in net.named_parameters()}
+    torch.func.grad(lambda p: F.cross_entropy(torch.func.functional_call(net, p, (x,)), y))(own)
+    assert not follower.take()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_model_is_followed():
+    torch._dynamo.reset()
+    net = _net(dtype=torch.float64).eval()
+    model = torch.compile(net, backend="aot_eager")
+    with ColumnHooks(net, NAMES) as hooks:
+        for _ in range(2):
+            net.zero_grad()
+            _loss(model, *_batch()).backward()
+            for name, columns in hooks.pop().items():
+                assert_reproduces(net.get_submodule(name), columns)

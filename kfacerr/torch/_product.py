@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Product"]
+__all__ = ["Direction", "Product", "norm", "scaled", "zeroed"]
 
 
 class Product(NamedTuple):
@@ -35,10 +35,34 @@ class Product(NamedTuple):
     def formed(self) -> Tensor:
         return self.P @ self.Q.T
 
+    def transposed(self) -> "Product":
+        return Product(self.Q, self.P)
+
     def fits(self, X: Tensor) -> bool:
         """Whether `add_to` can write to X."""
         return X.is_contiguous() and X.dtype == self.P.dtype
 
     def add_to(self, X: Tensor, beta: float, alpha: float) -> None:
-        """X <- beta X + alpha P Q^T, for an X of d_G d_A elements, in any shape that starts with d_G."""
+        """X <- beta X + alpha P Q^T, for an X of as many elements, in any shape that starts with P's rows."""
         X.view(len(X), -1).addmm_(self.P, self.Q.T, beta=beta, alpha=alpha)
+
+
+Direction = Tensor | Product
+"""A step of one layer (d_G, d_A), or of one parameter."""
+
+
+def norm(S: Direction) -> Tensor:
+    """||S||_F, summed in float64: the squares of a long step may overflow."""
+    return S.norm() if isinstance(S, Product) else torch.linalg.vector_norm(S, dtype=torch.float64)
+
+
+def scaled(S: Direction, factor: Tensor) -> Direction:
+    """S times a 0-d tensor; a formed S is written to."""
+    return S.scaled(factor) if isinstance(S, Product) else S.mul_(factor.to(S))
+
+
+def zeroed(S: Direction, where: Tensor) -> Direction:
+    """0 if a 0-d boolean is true; a formed S is written to."""
+    if isinstance(S, Product):
+        return Product(S.P.masked_fill(where, 0.0), S.Q.masked_fill(where, 0.0))
+    return S.masked_fill_(where, 0.0)

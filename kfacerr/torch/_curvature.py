@@ -2,7 +2,7 @@
 
 Row i of W (n, p) is the per-sample gradient of sample i over sqrt(n).
 
-**Rows of W.** With the columns of `kfacerr.torch.hooks`, (i, t) standing for position t of sample i,
+**Rows of W.** With the columns of `kfacerr.torch.columns`, (i, t) standing for position t of sample i,
 `Mat(g) = G A^T = sum_i G_i A_i^T`, (20), where sample i contributes `G_i A_i^T = sum_t G_it A_it^T`. That is 1/n
 of the gradient of the sample's own loss, so `Mat(W_i) = n/sqrt(n) G_i A_i^T = sqrt(n) sum_t G_it A_it^T`, and
 
@@ -29,6 +29,7 @@ unbiased estimate, is not itself unbiased.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -46,7 +47,6 @@ __all__ = [
     "gram_by_gradients",
     "gram_by_positions",
     "per_sample",
-    "trains_bias",
 ]
 
 _BLOCK = 1 << 24  # elements of the largest temporary while a Gram matrix is formed
@@ -184,22 +184,23 @@ def compressed(A: Tensor, G: Tensor, n: int, rank: int) -> tuple[Tensor, Tensor]
 
 
 def batch_norm_gradients(
-    layer: nn.Module, x: Tensor, grad: Tensor, statistics: tuple[Tensor, Tensor] | None
+    layer: nn.Module, x: Tensor, grad: Tensor, statistics: tuple[Tensor, Tensor] | None, *, bias: bool
 ) -> Tensor:
-    """(b, C, 2), or (b, C, 1) if the layer's bias is not trained: each sample's share of [gamma.grad, beta.grad].
+    """(b, C, 2), or (b, C, 1) without the bias: each sample's share of [gamma.grad, beta.grad].
 
     Args:
         layer: a BatchNorm layer.
         x: its input (b, C, ...).
         grad: dLoss/dy (b, C, ...).
         statistics: the running mean and variance that the forward used, or None if it used the batch's own.
+        bias: whether the bias is trained.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
     mean, variance = (None, None) if statistics is None else (s.to(dtype) for s in statistics)
     x_hat = F.batch_norm(x.to(dtype), mean, variance, training=statistics is None, eps=cast(float, layer.eps))
     grad = grad.to(dtype).flatten(2) if grad.ndim > 2 else grad.to(dtype).unsqueeze(2)
     shares = [(grad * x_hat.reshape_as(grad)).sum(2)]
-    if trains_bias(layer):
+    if bias:
         shares.append(grad.sum(2))
     return torch.stack(shares, dim=2)
 
@@ -212,16 +213,14 @@ class Curvature:
         gradients: W, or what stands for it.
         eigenvalues: (n,) of K, non-negative. With its EVD any damping can be applied to one K.
         eigenvectors: (n, n) of K.
-        overscale: K and W g are taken `overscale` times too large (`official_scaling`); 1 otherwise.
     """
 
     gradients: DenseGradients | FactoredGradients
     eigenvalues: Tensor
     eigenvectors: Tensor
-    overscale: float = 1.0
 
     @classmethod
-    def of(cls, gradients: DenseGradients | FactoredGradients, overscale: float = 1.0) -> "Curvature":
+    def of(cls, gradients: DenseGradients | FactoredGradients) -> "Curvature":
         """Decomposes K in float64; raises `torch.linalg.LinAlgError` if K is not finite or eigh fails."""
         K = gradients.gram()
         if not bool(K.isfinite().all()):
@@ -229,32 +228,20 @@ class Curvature:
         eigenvalues, eigenvectors = torch.linalg.eigh(K.double())
         if not bool(eigenvalues.isfinite().all() & eigenvectors.isfinite().all()):
             raise torch.linalg.LinAlgError("the EVD gave NaN or Inf")
-        return cls(gradients, eigenvalues.clamp(min=0).to(K.dtype), eigenvectors.to(K.dtype), overscale)
+        return cls(gradients, eigenvalues.clamp(min=0).to(K.dtype), eigenvectors.to(K.dtype))
 
     def direction(self, g: Tensor, damping: float) -> Tensor:
         """`(g - W^T (lam I + K)^-1 W g) / lam` for Mat(g) (d_G, d_A)."""
         V = self.eigenvectors
-        # (lam I + rho K)^-1 rho W g = (lam/rho I + K)^-1 W g
-        coefficients = V @ ((V.T @ self.gradients.product(g)) / (self.eigenvalues + damping / self.overscale))
+        coefficients = V @ ((V.T @ self.gradients.product(g)) / (self.eigenvalues + damping))
         return (g - self.gradients.adjoint(coefficients, g.shape)) / damping
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers."""
-        own = {"eigenvalues": self.eigenvalues, "eigenvectors": self.eigenvectors, "overscale": self.overscale}
-        return {**own, "gradients": dict(vars(self.gradients))}
+    def state_dict(self) -> dict[str, Any]:
+        """Live tensors and plain values."""
+        return {**vars(self), "gradients": dict(vars(self.gradients))}
 
     @classmethod
-    def from_dict(cls, state: dict[str, Any], device: torch.device) -> "Curvature":
-        """The inverse of `to_dict`, on a device."""
-
-        def here(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
-
-        fields = {key: here(value) for key, value in state["gradients"].items()}
-        kind = DenseGradients if "W" in fields else FactoredGradients
-        own = {key: here(value) for key, value in state.items() if key != "gradients"}
-        return cls(gradients=kind(**fields), **own)
-
-
-def trains_bias(module: nn.Module) -> bool:
-    return isinstance(module.bias, Tensor) and module.bias.requires_grad
+    def from_state(cls, state: Mapping[str, Any]) -> "Curvature":
+        """The inverse of `state_dict`."""
+        kind = DenseGradients if "W" in state["gradients"] else FactoredGradients
+        return cls(**{**state, "gradients": kind(**state["gradients"])})

@@ -1,0 +1,346 @@
+"""Which inverse should this layer have? Candidates over algorithm, rank, period and continuation: cost and error.
+
+**Cost** is of following both factors and applying the inverses, per training iteration, in milliseconds on this
+machine: the flops of `Process.cost`, turned into time by a short measurement of the process itself on columns of
+the layer's size (a smaller size where a factor is large, scaled by the flops), and of a product of matrices.
+**Errors** are the means of the four metrics over the recording's windows, from one replay that all candidates
+share.
+**The frontier** holds the candidates of which no other is at most as dear and at most as wrong in the step's norm
+and in its angle.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .algorithms import Algorithm
+from .exceptions import InputError
+from .factor import KFactor
+from .files import write_atomically
+from .metrics import METRICS
+from .process import Cost, Settings
+from .stream import Step, Window
+from .study import ErrorStudy, table
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from .recording import LayerRecording
+
+__all__ = ["Advice", "Budget", "Layer", "advise_recording", "candidates", "layer_costs"]
+
+MEASURED_UP_TO = 1024
+"""Factors of up to so many rows are timed at their size; larger ones at this size, scaled by the flops."""
+
+ITERATIONS = 120
+"""Iterations measured at most, spread over the windows: every one costs a step for each candidate."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the cost depends on: d_A, d_G, columns n of an update, iterations between updates."""
+
+    d_A: int
+    d_G: int
+    n: int
+    every: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the inverse may cost per training iteration.
+
+    Attributes:
+        amount: milliseconds, or
+        relative: whether it is a multiple of what plain SGD spends on the layer.
+    """
+
+    amount: float
+    relative: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """ "1.5x" is a multiple of SGD's cost of the layer, "20" or "20ms" are milliseconds.
+
+        Raises:
+            InputError: neither, or not positive.
+        """
+        number, relative = text.strip().lower().removesuffix("ms"), text.strip().lower().endswith("x")
+        try:
+            amount = float(number.removesuffix("x"))
+        except ValueError:
+            amount = float("nan")
+        if not 0 < amount < float("inf"):
+            raise InputError(f"budget {text!r}: give milliseconds (20) or a multiple of SGD's layer cost (1.5x)")
+        return cls(amount, relative)
+
+    def milliseconds(self, sgd: float) -> float:
+        """In milliseconds, where SGD spends `sgd` on the layer."""
+        return self.amount * sgd if self.relative else self.amount
+
+
+def candidates(layer: Layer, rank: int) -> list[Algorithm]:
+    """What is worth a look on a layer: each base, R-KFAC also at the rank r + n that Brand's are applied at.
+
+    Args:
+        layer: its sizes.
+        rank: r.
+    """
+    names = [f"K-FAC T_inv={T}" for T in (10, 50, 250)]
+    low = [f"R-KFAC T_inv={T} rank={r}" for T in (10, 50, 250) for r in (rank, rank + layer.n)]
+    low += [
+        f"{base} rank={r}" for base in ("B-KFAC", "B-R-KFAC T_rsvd=50") for r in (rank // 2 or 1, rank, 2 * rank)
+    ]
+    low += [f"B-KFAC-C T_corct=50 rank={rank}"]
+    names += [f"{name}{kind}" for name in low for kind in ("", " continuation=trace")]
+    wide = max(layer.d_A, layer.d_G)
+    return [a for a in map(Algorithm.parse, names) if a.get("rank", 0) < wide]
+
+
+# ------------------------------------------------------------------------------------------------------ cost
+
+
+def layer_costs(layer: Layer, algorithms: Sequence[Algorithm], settings: Settings) -> "pd.DataFrame":
+    """A row a candidate: `cost` (ms per iteration), flops per iteration, MiB held; `attrs["sgd"]` is SGD's cost.
+
+    Args:
+        layer: its sizes.
+        algorithms: the candidates.
+        settings: of the processes.
+    """
+    import pandas as pd
+
+    rate = _product_rate()
+    rows = []
+    for algorithm in algorithms:
+        flops = milliseconds = numbers = 0.0
+        ranks = {}
+        for side, d in (("A", layer.d_A), ("G", layer.d_G)):
+            cost, spent = _followed(algorithm.for_factor(settings, d, layer.n), settings, side, d, layer)
+            flops += _per_iteration(cost, layer.every)
+            milliseconds += spent
+            numbers += cost.numbers
+            ranks[side] = cost.rank
+        applied = _application_flops(layer, ranks)
+        rows.append(
+            {
+                "algorithm": str(algorithm),
+                "cost": milliseconds + 1e3 * applied / rate,
+                "flops": flops + applied,
+                "MiB": 4 * numbers / 2**20,
+            }
+        )
+    frame = pd.DataFrame(rows)
+    # Forward, the gradient of the input and that of the weight: three products.
+    frame.attrs["sgd"] = 1e3 * 6.0 * layer.d_A * layer.d_G * layer.n / rate
+    return frame
+
+
+def _per_iteration(cost: Cost, every: int) -> float:
+    return cost.update / every + cost.heavy / max(cost.period, every)
+
+
+def _followed(algorithm: Algorithm, settings: Settings, side: str, d: int, layer: Layer) -> tuple[Cost, float]:
+    """What it costs to follow one factor, in flops, and in milliseconds per iteration by measurement."""
+    cost = algorithm.process(settings, side).cost(d, layer.n)
+    size = min(d, MEASURED_UP_TO)
+    small = algorithm.process(settings, side).cost(size, layer.n)
+    plain, heavy = _timed(algorithm, settings, side, size, layer.n)
+    plain *= cost.update / small.update
+    heavy *= cost.heavy / small.heavy if small.heavy else 1.0
+    return cost, 1e3 * (plain / layer.every + heavy / max(cost.period, layer.every))
+
+
+def _timed(algorithm: Algorithm, settings: Settings, side: str, d: int, n: int) -> tuple[float, float]:
+    """Seconds of an ordinary update, and those that the heaviest one adds; medians of three, float32."""
+    rng = np.random.default_rng(0)
+    scale = np.linspace(1, 0.03, d)[:, None].astype(np.float32)
+    columns = [scale * rng.standard_normal((d, n)).astype(np.float32) for _ in range(8)]
+    factor = KFactor(side, {"it": algorithm.process(settings, side)}, settings.rho)
+    factor.push(0, columns[0])
+    factor.push(1, columns[1])
+    plain, heavy = [], []
+    for i in range(3):
+        plain.append(_seconds(factor, 2 + 2 * i, columns[2 + 2 * i]))
+        factor.processes["it"].restart(3 + 2 * i)
+        heavy.append(_seconds(factor, 3 + 2 * i, columns[3 + 2 * i]))
+    ordinary = float(np.median(plain))
+    return ordinary, max(0.0, float(np.median(heavy)) - ordinary)
+
+
+def _seconds(factor: KFactor, k: int, X: np.ndarray) -> float:
+    started = time.perf_counter()
+    factor.push(k, X)
+    return time.perf_counter() - started
+
+
+def _product_rate() -> float:
+    """Flops a second of a float32 product of order 1024."""
+    X = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        X @ X
+        times.append(time.perf_counter() - started)
+    return 2.0 * 1024**3 / float(np.median(times[1:]))
+
+
+def _application_flops(layer: Layer, ranks: dict[str, int]) -> float:
+    """Of a plain step: the cheaper of Algorithm 1 l.15-18 and Algorithm 8.
+
+    A side with all its d modes is one dense product; else two with d x m matrices (`DampedInverse.apply`).
+    """
+    d = {"A": layer.d_A, "G": layer.d_G}
+
+    def side(name: str, columns: int) -> float:
+        m = ranks[name]
+        return 2.0 * d[name] * columns * (d[name] if m >= d[name] else 2 * m)
+
+    dense = side("A", layer.d_G) + side("G", layer.d_A)
+    linear = side("A", layer.n) + side("G", layer.n)  # S = P Q^T takes what the gradient G A^T took
+    return min(dense, linear)
+
+
+# ---------------------------------------------------------------------------------------------------- advice
+
+
+class Advice:
+    """Candidates with their costs and errors, the frontier, and a choice.
+
+    Args:
+        layer: name of the layer.
+        frame: a row a candidate: algorithm, cost (ms per iteration), the four metrics, flops, MiB.
+        sgd: what plain SGD spends on the layer, ms per iteration.
+        budget: what the inverse may cost.
+        every: T_updt.
+
+    Attributes:
+        table: the rows by cost, with `on_frontier`.
+        choice: the algorithm's name.
+    """
+
+    def __init__(self, layer: str, frame: "pd.DataFrame", sgd: float, budget: Budget, every: int) -> None:
+        self.layer, self.sgd, self.budget, self.every = layer, sgd, budget, every
+        marked = frame.assign(on_frontier=_on_frontier(frame[["cost", "step_norm", "step_angle"]].to_numpy()))
+        first = ["algorithm", "cost", *METRICS, "on_frontier"]
+        rest = [name for name in marked if name not in first]
+        self.table = marked[[*first, *rest]].sort_values("cost", kind="stable", ignore_index=True)
+        self.within, self.choice = self._choose()
+
+    def _choose(self) -> tuple[bool, str]:
+        """The least error of the step within the budget; the cheapest of all if nothing is."""
+        limit = self.budget.milliseconds(self.sgd)
+        affordable = self.table[self.table.cost <= limit]
+        if affordable.empty:
+            return False, str(self.table.algorithm.iloc[0])
+        return True, str(affordable.sort_values(["step_norm", "cost"], kind="stable").algorithm.iloc[0])
+
+    @property
+    def policy(self) -> dict[str, str]:
+        """What to give to `KFAC(model, policy=...)`."""
+        return {self.layer: self.choice}
+
+    def summary(self) -> str:
+        """The frontier, and the choice in the last lines."""
+        shown = self.table[self.table.on_frontier].drop(columns=["on_frontier", "flops"])
+        limit = self.budget.milliseconds(self.sgd)
+        row = self.table[self.table.algorithm == self.choice].iloc[0]
+        verdict = "within" if self.within else "no candidate is within it: the cheapest of all, beyond"
+        return "\n".join(
+            [
+                shown.to_markdown(index=False, floatfmt=".3g"),
+                f"plain SGD spends {self.sgd:.3g} ms per iteration on this layer; the budget is {limit:.3g} ms",
+                f"choice: {self.choice} ({row.cost:.3g} ms, {verdict} the budget; error of the step "
+                f"{row.step_norm:.2g})",
+                f"KFAC(model, T_updt={self.every}, policy={self.policy!r})",
+            ]
+        )
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def to_csv(self, path: str | Path) -> None:
+        """Writes the table."""
+        write_atomically(Path(path), lambda p: self.table.to_csv(p, index=False, float_format="%.8g"))
+
+    def plot(self) -> "Figure":
+        """Error of the step over cost, a matplotlib Figure: the frontier joined, the budget as a line."""
+        from .plot import frontier_figure
+
+        return frontier_figure(
+            self.table, self.budget.milliseconds(self.sgd), self.choice, title=f"layer {self.layer}"
+        )
+
+
+def _on_frontier(values: np.ndarray) -> np.ndarray:
+    """Which rows no other row is at most as large as in every column and smaller in one."""
+    found = np.ones(len(values), dtype=bool)
+    for i, row in enumerate(values):
+        found[i] = not np.any(np.all(values <= row, axis=1) & np.any(values < row, axis=1))
+    return found
+
+
+def advise_recording(
+    layer: "LayerRecording",
+    *,
+    rank: int,
+    budget: Budget | None = None,
+    algorithms: Sequence[str] | None = None,
+    phi: float | None = None,
+    dtype: str = "float64",
+    **settings: Any,
+) -> Advice:
+    """The advice on a recorded layer, from one replay.
+
+    Args:
+        layer: of an open recording.
+        rank: r.
+        budget: what the inverse may cost; four times what plain SGD spends on the layer by default.
+        algorithms: candidates' names; `candidates` by default.
+        phi: damping ratio in place of the recording's, or of 0.1.
+        dtype: to compute the errors in.
+        settings: others of `Settings`.
+
+    Raises:
+        InputError: no windows, values out of range, or bad columns; names file, layer and iteration.
+    """
+    from tqdm import tqdm
+
+    where = f"{layer.path}: layer {layer.name!r}"
+    if not layer.windows:
+        raise InputError(f"{where}: no windows to measure in")
+    sizes = Layer(layer.d_A, layer.d_G, layer.n, layer.update_every)
+    chosen = [Algorithm.parse(name) for name in algorithms] if algorithms else candidates(sizes, rank)
+    configured = Settings(rank=rank, **settings)
+    study = ErrorStudy(chosen, configured, layer.windows, phi=phi or 0.1)
+    wanted = _sampled(layer.windows)
+    rows = []
+    for step in tqdm(layer.steps(), total=len(layer), unit="step", desc="errors", disable=None):
+        if not step.update and step.k not in wanted:
+            continue
+        own = step.phi if phi is None else None
+        try:
+            rows += study.push(_converted(step, dtype)._replace(phi=own))
+        except InputError as error:
+            raise InputError(f"{where}, {error}") from None
+    if not rows:
+        raise InputError(f"{where}: no recorded iteration lies in a window")
+    errors = table(rows).groupby(["algorithm", "metric"], sort=False).value.mean().unstack()
+    costs = layer_costs(sizes, tqdm(chosen, desc="costs", disable=None), configured)
+    frame = costs.join(errors[list(METRICS)], on="algorithm")
+    return Advice(layer.name, frame, costs.attrs["sgd"], budget or Budget(4.0), layer.update_every)
+
+
+def _converted(step: Step, dtype: str) -> Step:
+    return step._replace(A=step.A.astype(dtype), G=step.G.astype(dtype))
+
+
+def _sampled(windows: Iterable[Window]) -> set[int]:
+    """Iterations that are measured although they bring no update: evenly many, `ITERATIONS` at most in all."""
+    all_of = [k for w in windows for k in range(w.start, w.start + w.length)]
+    return set(all_of[:: -(-len(all_of) // ITERATIONS)])

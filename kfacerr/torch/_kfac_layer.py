@@ -1,0 +1,278 @@
+"""One layer of `KFAC`: its two K-factors, and its step by Algorithm 1 l.15-18 or by Algorithm 8."""
+
+import math
+import warnings
+from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..algorithms import Algorithm
+from ..array import map_arrays
+from ..exceptions import InputError
+from ..factor import KFactor
+from ..inverse import DampedInverse, DenseInverse, Inverse, precondition, precondition_linear
+from ..process import Process, Settings
+from ..stream import Columns
+from ._layer import Layer
+from ._micro_batches import Tally, factor_columns, gradient_columns
+from ._product import Product
+from ._scaling import probe
+from .linear import FactoredLinear, formed, held
+from .policy import FactorInfo, Hyper, LayerPolicy, choice_of_side, named_process
+
+__all__ = ["KFACLayer", "process_of"]
+
+
+def process_of(factor: KFactor) -> Process:
+    """The one process of an optimizer's factor."""
+    (process,) = factor.processes.values()
+    return process
+
+
+class KFACLayer(Layer):
+    """A layer that K-FAC preconditions.
+
+    Attributes:
+        policy: as the optimizer was given it.
+        factors: of sides "A" and "G"; empty until the first columns.
+        linear: whether Algorithm 8 applies; None until the first columns, which tell n.
+        asked: whether it was asked for, so that `linear` is no plain False.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        mine: Container[Tensor],
+        shared: Container[Tensor],
+        policy: LayerPolicy,
+    ) -> None:
+        super().__init__(name, module, mine, shared)
+        self.policy = policy
+        self.factors: dict[str, KFactor] = {}
+        self.linear: bool | None = False
+        self.asked = False
+        self._infos: dict[str, FactorInfo] = {}
+        self._kind: tuple[torch.dtype, torch.device] | None = None
+
+    def ask_linear(self) -> None:
+        """Algorithm 8, if n is small enough."""
+        self.linear, self.asked = None, True
+
+    @property
+    def with_bias(self) -> bool:
+        """Whether the bias is a column of Mat(g): it is if it is trained when the factors are made."""
+        return self._infos["A"].d > self.width if self._infos else super().with_bias
+
+    @property
+    def is_factored(self) -> bool:
+        """Whether the layer is a drop-in whose backward may leave the gradient in its factors."""
+        return isinstance(self.module, FactoredLinear)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the gradient is there as factors and nothing of it formed."""
+        return all(held(p) and formed(p) is None for p in self.parameters)
+
+    # ------------------------------------------------------------------------------------------- columns
+
+    def gradient_columns(self, tally: Tally) -> Columns:
+        """This process's columns of `G A^T = Mat(g)`."""
+        return gradient_columns(self.parts, tally) if self.parts else self._no_columns(tally)
+
+    def factor_columns(self, tally: Tally, *, sampled: bool) -> Columns:
+        """This process's columns of the factors."""
+        return factor_columns(self.parts, tally, sampled=sampled) if self.parts else self._no_columns(tally)
+
+    def _no_columns(self, tally: Tally) -> Columns:
+        dtype = torch.float64 if tally.double else torch.float32
+        A, G = (torch.zeros(d, 0, dtype=dtype, device=self.weight.device) for d in self.dimensions)
+        return Columns(A, G)
+
+    def check_kind(self, k: int, columns: Columns) -> None:
+        """Refuses columns that the factors cannot take: the model was changed after its first step."""
+        for side, X in zip("AG", columns, strict=True):
+            if not self.factors or self._kind is None:
+                return
+            here, there = (X.shape[0], X.dtype, X.device), (self._infos[side].d, *self._kind)
+            if here != there:
+                raise InputError(
+                    f"layer {self.name!r}, step {k}: columns {side} of {_kind(*here)}, but a factor of "
+                    f"{_kind(*there)}; convert, move or change the model before its first step"
+                )
+
+    def differs_from_columns(self, columns: Columns, unit: float) -> Tensor:
+        """Whether .grad is not `G A^T`, a 0-d boolean: one product of each with a fixed vector v of signs.
+
+        Where a part of .grad is held as factors and another is formed, the second came from elsewhere: no product
+        is needed, but whether it is zero. (Or the factors outgrew the gradient, and Algorithm 8 would save
+        nothing.) A gradient that is held is not formed for it.
+
+        Else rounding is allowed for. With unit round-off u, entry (q, r) of .grad is off by some u |G_q| |A_r|, in
+        the norms of the rows, with signs that v's are independent of: in all, .grad v by u ||G||_F ||A||_F, and
+        G (A^T v) by as much.
+
+        Args:
+            columns: A and G of all micro-batches.
+            unit: u of the backward's products.
+        """
+        A, G = columns
+        others = [there for p in self.parameters if held(p) and (there := formed(p)) is not None]
+        if others:
+            return torch.stack([there.any() for there in others]).any()
+        v = probe(A.shape[0], A)
+        norm = torch.linalg.vector_norm
+        return norm(self.times(v) - G @ (A.T @ v)) > 8 * unit * norm(G) * norm(A)
+
+    # ------------------------------------------------------------------------------------------ K-factors
+
+    def make_factors(self, columns: Columns, n: int, settings: Settings) -> list[str]:
+        """Makes the factors, if they are not there, at their first columns, n of them with all processes'.
+
+        Returns:
+            What the log should say: which factors have no room for their process (§3.5).
+        """
+        if self.factors:
+            return []
+        sides = zip("AG", columns, strict=True)
+        self._infos = {side: FactorInfo(self.name, side, X.shape[0], n) for side, X in sides}
+        self.factors = {side: self._made(info, settings) for side, info in self._infos.items()}
+        self._kind = columns.A.dtype, columns.A.device
+        said = []
+        for side, factor in self.factors.items():
+            choice, (running,) = choice_of_side(self.policy, side), factor.processes
+            if isinstance(choice, str) and running != str(Algorithm.parse(choice)):
+                rank = Algorithm.parse(choice).get("rank", settings.rank)
+                said.append(
+                    f"layer {self.name!r}, factor {side}: r + n >= d ({rank} + {n} >= {self._infos[side].d}), "
+                    f"{running} in place of Brand's update"
+                )
+        return said
+
+    def _made(self, info: FactorInfo, settings: Settings) -> KFactor:
+        name, process = named_process(choice_of_side(self.policy, info.side), info, settings)
+        return KFactor(info.side, {name: process}, settings.rho)
+
+    def configure(self, hyper: Hyper) -> None:
+        """This step's hyper-parameters; a process of the user's own keeps its."""
+        for side, factor in self.factors.items():
+            if isinstance(choice_of_side(self.policy, side), str):
+                factor.configure(**hyper.configuration())
+            else:
+                factor.average.rho = hyper.settings.rho
+
+    def push(self, side: str, k: int, X: Tensor, *, gram: Tensor | None = None) -> None:
+        """Step k of (8) and of a side's process; warns where a decomposition fails, in float64 too."""
+        try:
+            self.factors[side].push(k, X, gram=gram, finite=True)
+        except InputError as error:
+            warnings.warn(
+                f"layer {self.name!r}, factor {side}, step {k}: the decomposition failed, also in float64; the "
+                f"previous inverse is kept ({error})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    # --------------------------------------------------------------------------------------------- step
+
+    def inverses(self, phi: float, continuation: str) -> tuple[Inverse, Inverse] | None:
+        """Of G and of A in their factors' units, or None where either is missing.
+
+        Where all d modes are there it is dense: one product a step in place of two, for one when it is made.
+        """
+        if not self.factors:
+            return None
+        G, A = (self._inverse(side, phi, continuation) for side in "GA")
+        return None if G is None or A is None else (_applied(G), _applied(A))
+
+    def _inverse(self, side: str, phi: float, continuation: str) -> DampedInverse | None:
+        factor = self.factors[side]
+        ((name, process),) = factor.processes.items()
+        if "continuation" in process.fixed:
+            continuation = process.settings.continuation
+        return factor.inverse(name, phi=phi, continuation=continuation)
+
+    def preconditioned(self, inverses: tuple[Inverse, Inverse], columns: Columns | None) -> Tensor | Product:
+        """S (d_G, d_A), by Algorithm 8 where there are columns, else by Algorithm 1 l.15-18.
+
+        The inverses are of u^2 M, u a factor's unit, and `(u^2 M)^-1 = M^-1 / u^2`.
+        """
+        G, A = inverses
+        unit_G, unit_A = (self.factors[side].unit or 1.0 for side in "GA")
+        if columns is not None:
+            P, Q = precondition_linear(_scaled(columns.G, unit_G), _scaled(columns.A, unit_A), G, A)
+            return Product(_scaled(P, unit_G), _scaled(Q, unit_A))
+        # The dtypes differ where only the layer's input or gradient is float64.
+        assert self._kind is not None
+        J = self.gradient().to(self._kind[0])
+        S = precondition(_scaled(_scaled(J, unit_G), unit_A), G, A)
+        return cast(Tensor, _scaled(_scaled(S, unit_G), unit_A))
+
+    # ---------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Live arrays and plain values."""
+        return {
+            "linear": self.linear if self.asked else None,
+            "factors": {side: {"n": self._infos[side].n, **f.state_dict()} for side, f in self.factors.items()},
+        }
+
+    def restored(self, state: Mapping[str, Any], settings: Settings) -> Callable[[], None]:
+        """What makes the layer take a state; it is left as it is until that is called.
+
+        Raises:
+            InputError: the state is of another process or another size.
+        """
+        saved = state["factors"]
+        infos = {s: FactorInfo(self.name, s, saved[s]["like"].shape[0], saved[s]["n"]) for s in saved}
+        factors = {side: self._restored(infos[side], saved[side], settings) for side in saved}
+
+        def take() -> None:
+            if self.asked and state["linear"] is not None:
+                self.linear = state["linear"]
+            self.factors, self._infos = factors, infos
+            self._kind = (saved["A"]["like"].dtype, self.weight.device) if saved else None
+
+        return take
+
+    def _restored(self, info: FactorInfo, saved: Mapping[str, Any], settings: Settings) -> KFactor:
+        where = f"layer {self.name!r}, factor {info.side}: the state is of"
+        (name,) = saved["processes"]
+        factor = self._made(info, settings)
+        for rank in (1, info.d):  # the rank's schedule may have moved on since, and with it what has room
+            if name not in factor.processes:
+                factor = self._made(info, replace(settings, rank=rank))
+        (now,) = factor.processes
+        if name != now:
+            raise InputError(f"{where} {name!r}, not of {now!r}")
+        *_, wanted = sizes = self._sizes(info.side)
+        if info.d not in sizes:
+            raise InputError(f"{where} d = {info.d}, not {wanted}")
+        device = self.weight.device
+        factor.load_state_dict(map_arrays(dict(saved), lambda t: t.to(device, copy=True)))  # M is updated in place
+        return factor
+
+    def _sizes(self, side: str) -> tuple[int, ...]:
+        """What d may be: a bias counts if it was trained when the factors were made."""
+        if side == "G":
+            return (self.dimensions[1],)
+        return (self.width, self.width + 1) if self.bias is not None else (self.width,)
+
+
+def _applied(inverse: DampedInverse) -> Inverse:
+    return inverse if inverse.lowrank.m < inverse.lowrank.d else DenseInverse(inverse.dense())
+
+
+def _scaled(X: Any, unit: float) -> Any:
+    """unit X; in two steps, as a power of two may leave the range of float32."""
+    if unit == 1.0:
+        return X
+    half = 2.0 ** (math.frexp(unit)[1] // 2)
+    return (X * half) * (unit / half)
+
+
+def _kind(d: int | None, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{d} rows in {dtype} on {device}"

@@ -1,0 +1,129 @@
+"""Advice: costs that are those of the sizes, errors that are those of a replay, and a frontier that is one."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kfacerr.advice import Advice, Budget, Layer, _on_frontier, advise_recording, candidates, layer_costs
+from kfacerr.algorithms import Algorithm
+from kfacerr.exceptions import InputError
+from kfacerr.metrics import METRICS
+from kfacerr.process import Settings
+from kfacerr.recorder import RecordingWriter
+from kfacerr.recording import Recording
+from kfacerr.stream import Step, Window
+from kfacerr.study import ErrorStudy, table
+from tests.strategies import stream
+
+WINDOWS = [Window(20, 20, 1)]
+SHAPE = {"d_A": 24, "d_G": 18, "n": 3, "bias": True, "batch_size": 3, "update_every": 5}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("advice") / "r.h5"
+    A = stream(np.random.default_rng(1), d=24, n=3, steps=40, decay="slow decay", dtype=np.float32)
+    G = stream(np.random.default_rng(2), d=18, n=3, steps=40, decay="fast decay", dtype=np.float32)
+    with RecordingWriter(path) as writer:
+        writer.add_layer("fc", windows=WINDOWS, **SHAPE)
+        for k in range(40):
+            writer.append("fc", Step(k, A[k], G[k], k % 5 == 0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def advice(recorded):
+    with Recording(recorded) as recording:
+        return advise_recording(recording.layer("fc"), rank=4, budget=Budget.parse("1e9x"))
+
+
+def test_the_table_has_the_columns_of_the_contract(advice):
+    assert list(advice.table.columns[:7]) == ["algorithm", "cost", *METRICS, "on_frontier"]
+    assert len(advice.table) > 20 and not advice.table.isna().any().any()
+    assert (advice.table.cost > 0).all() and advice.table.cost.is_monotonic_increasing
+
+
+def test_the_errors_are_those_of_a_replay(advice, recorded):
+    names = ["B-KFAC rank=4", "K-FAC T_inv=10"]
+    study = ErrorStudy(names, Settings(rank=4), WINDOWS)
+    with Recording(recorded) as recording:
+        steps = [s._replace(A=s.A.astype(float), G=s.G.astype(float)) for s in recording.layer("fc").steps()]
+    means = (
+        table([row for step in steps for row in study.push(step)]).groupby(["algorithm", "metric"]).value.mean()
+    )
+    for name in names:
+        row = advice.table[advice.table.algorithm == name].iloc[0]
+        assert [row[m] for m in METRICS] == pytest.approx([means[name, m] for m in METRICS], rel=1e-9, abs=1e-12)
+
+
+def test_the_choice_is_the_least_error_within_the_budget(advice):
+    frame, sgd = advice.table.drop(columns="on_frontier"), advice.sgd
+    assert advice.table.step_norm.min() == advice.table[advice.table.algorithm == advice.choice].step_norm.iloc[0]
+    cheapest = Advice("fc", frame, sgd, Budget(1e-9), 5)
+    assert not cheapest.within and cheapest.choice == frame.algorithm.iloc[0]
+    middle = float(frame.cost.median())
+    chosen = Advice("fc", frame, sgd, Budget(middle, relative=False), 5)
+    row = frame[frame.algorithm == chosen.choice].iloc[0]
+    assert row.cost <= middle and row.step_norm == frame[frame.cost <= middle].step_norm.min()
+
+
+def test_the_last_lines_name_the_choice_and_the_policy(advice):
+    *_, choice, policy = advice.summary().splitlines()
+    assert choice.startswith(f"choice: {advice.choice} (") and "within the budget" in choice
+    assert policy == f"KFAC(model, T_updt=5, policy={{'fc': {advice.choice!r}}})"
+    assert eval(policy.removeprefix("KFAC(model, T_updt=5, policy=").removesuffix(")")) == advice.policy
+
+
+def test_csv_and_figure(advice, tmp_path):
+    advice.to_csv(tmp_path / "a.csv")
+    assert list(pd.read_csv(tmp_path / "a.csv").columns[:7]) == ["algorithm", "cost", *METRICS, "on_frontier"]
+    figure = advice.plot()
+    legend = " ".join(text.get_text() for text in figure.legends[0].get_texts())
+    assert all(name in legend for name in advice.table[advice.table.on_frontier].algorithm)
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 4)] * 3), min_size=1, max_size=12))
+def test_the_frontier_is_what_nothing_dominates(rows):
+    values = np.array(rows, dtype=float)
+    for row, on in zip(values, _on_frontier(values), strict=True):
+        dominated = any((other <= row).all() and (other < row).any() for other in values)
+        assert on != dominated
+
+
+@pytest.mark.parametrize(
+    ("text", "amount", "relative"),
+    [("2x", 2.0, True), ("20", 20.0, False), ("1.5ms", 1.5, False), (" 3 X", 3, True)],
+)
+def test_budgets(text, amount, relative):
+    assert Budget.parse(text) == Budget(amount, relative)
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "nan", "0x", "infx", "two"])
+def test_bad_budgets_are_refused(text):
+    with pytest.raises(InputError, match="give milliseconds"):
+        Budget.parse(text)
+
+
+def test_candidates_are_algorithms_that_fit():
+    wide = candidates(Layer(2000, 500, 32, 10), 40)
+    assert {a.base for a in wide} >= {"K-FAC", "R-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C"}
+    assert Algorithm.parse("R-KFAC T_inv=50 rank=72") in wide, "at the rank that Brand's are applied at"
+    assert all(a.get("rank", 0) < 12 for a in candidates(Layer(12, 5, 4, 10), 8))
+
+
+def test_costs_rise_with_the_work():
+    layer = Layer(300, 200, 16, 10)
+    names = ["B-KFAC rank=16", "R-KFAC T_inv=50 rank=16", "R-KFAC T_inv=10 rank=16", "K-FAC T_inv=10"]
+    costs = layer_costs(layer, [Algorithm.parse(n) for n in names], Settings(rank=16)).set_index("algorithm")
+    assert costs.flops["R-KFAC T_inv=50 rank=16"] < costs.flops["R-KFAC T_inv=10 rank=16"]
+    assert costs.flops["R-KFAC T_inv=10 rank=16"] < costs.flops["K-FAC T_inv=10"]
+    assert costs.MiB["B-KFAC rank=16"] < costs.MiB["R-KFAC T_inv=50 rank=16"], "no dense factor"
+
+
+def test_a_recording_without_windows_is_refused(tmp_path):
+    with RecordingWriter(tmp_path / "r.h5") as writer:
+        writer.add_layer("fc", **SHAPE)
+    with Recording(tmp_path / "r.h5") as recording, pytest.raises(InputError, match="layer 'fc': no windows"):
+        advise_recording(recording.layer("fc"), rank=4)
