@@ -54,11 +54,10 @@ def study_config(run: Path) -> dict[str, Any]:
 
 
 def note(run: Path, seeds: int, *, band: bool = True) -> str:
-    """One line over a figure: the data, as config.json names them, n, and what is drawn."""
+    """One line over a figure: the data and the setting, as config.json names them, and what is drawn."""
     config = study_config(run)
-    n = f"n = {config['batch_size']}" if "batch_size" in config else ""
     drawn = f"mean of {seeds} seeds" + (", band: their range" if band else "") if seeds > 1 else ""
-    return ", ".join(filter(None, (config.get("data", ""), n, drawn)))
+    return ", ".join(filter(None, (config.get("data", ""), config.get("setting", ""), drawn)))
 
 
 def window_settings(run: Path) -> dict[int, dict[str, Any]]:
@@ -156,7 +155,7 @@ def table_1_markdown(table: pd.DataFrame, label: str, data: str, seeds: int) -> 
         rows += [ours, paper]
     over = f", mean ± SD over {seeds} seeds" if seeds > 1 else ""
     return (
-        f"Table 1 on {data or 'our data'}, {label}{over}; below each the paper's, CIFAR-10 at epoch 30.\n"
+        f"Table 1 on {data or 'our data'}, {label}{over}; below each line the paper's.\n"
         "Errors (1) in the inverse of A, (2) of Gamma, (3) in the norm of the step, (4) in its angle.\n\n"
         + pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
         + "\n"

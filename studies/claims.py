@@ -185,7 +185,7 @@ def _variants(errors: pd.DataFrame) -> dict[str, pd.DataFrame]:
     plain: dict[str, str | None] = {name: name for name in SEVEN}
     chosen: dict[str, dict[str, str | None]] = {
         "paper's settings": plain,
-        "equal rank": {name: name for name in SEVEN if name not in at_rank.values()} | at_rank,
+        "equal rank": {**plain, **dict.fromkeys(filter(None, at_rank.values())), **at_rank},
         "`trace` continuation": trace,
     }
     if not any(at_rank.values()):
@@ -203,18 +203,20 @@ def _seventh(algorithm: Algorithm, **without: None) -> str | None:
     return name if name in SEVEN else None
 
 
-def judge(errors: pd.DataFrame, dataset: str) -> str:
+def judge(errors: pd.DataFrame, dataset: str, setting: str = "") -> str:
     """claims.md: every claim under the paper's settings, at equal rank and with `trace`, with our numbers.
 
     Args:
         errors: tidy table with columns algorithm, k, metric, value, epoch, seed and optionally window; R-KFAC also
             at rank r + n for the equal-rank comparison, and all also with the continuation "trace".
         dataset: what was trained on, for the heading.
+        setting: a line on the layer and its ranks.
     """
     seeds = errors.seed.nunique()
     lines = [
         f"# The paper's claims on {dataset}, {seeds} seed{'s' if seeds > 1 else ''}",
         "",
+        *([f"{setting}.", ""] if setting else []),
         "Curves are averages over the 10 iterations between two updates; metrics (1)-(4) are those of §4.2.",
         "A verdict is that of the mean curve over seeds; n of N counts the runs (seed, window) that agree.",
     ]
@@ -230,14 +232,14 @@ def findings(errors: pd.DataFrame, out: Path) -> str:
     judged = _judged(errors)
     lines = []
     for variant in ("paper's settings", "equal rank", "`trace` continuation"):
-        said: dict[str, list[str]] = {"hold": [], "hold in some windows": [], "do not hold": []}
+        said: dict[str, list[str]] = {"true": [], "true in some windows": [], "false": []}
         for name, windows in judged.items():
             holds = {w.verdict.holds for w in windows if w.variant == variant and w.verdict is not None}
             if holds:
-                where = "hold in some windows" if len(holds) == 2 else "hold" if holds == {True} else "do not hold"
+                where = "true in some windows" if len(holds) == 2 else "true" if holds == {True} else "false"
                 said[where].append(name)
-        found = "; ".join(f"{', '.join(names)} {where}" for where, names in said.items() if names)
-        lines.append(f"Claims, {variant}: {found or 'not measured'}.")
+        found = "; ".join(f"{where}: {', '.join(names)}" for where, names in said.items() if names)
+        lines.append(f"Claims, {variant}, {found or 'not measured'}.")
     label, last = by_window(errors[errors.algorithm.isin(SEVEN)])[-1]
     mean = last.groupby(["metric", "algorithm"]).value.mean()
     best = (f"{NUMBERS[m]} {mean[m].idxmin()} {mean[m].min():.2g}" for m in METRICS)

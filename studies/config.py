@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from kfacerr.algorithms import SEVEN, Algorithm
 from kfacerr.exceptions import InputError
 from kfacerr.stream import Window
+from studies.networks import fc0_sizes
 
 __all__ = [
     "CLIP",
@@ -322,6 +323,13 @@ class Preset(_Preset):
     def schedules(self) -> Schedules:
         """Of the training and of the analysis."""
         return Schedules(self.schedule_epochs, self.rank_scale)
+
+    @property
+    def setting(self) -> str:
+        """The measured layer and its ranks in one line."""
+        inputs, outputs = fc0_sizes(self.width)
+        ranks = dict.fromkeys(self.schedules.rank(epoch) for epoch in self.window_epochs)
+        return f"FC layer {inputs}-{outputs}, n = {self.batch_size}, r = {'/'.join(map(str, ranks))}"
 
     @property
     def algorithms(self) -> list[Algorithm]:

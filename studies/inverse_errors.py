@@ -68,7 +68,7 @@ def run_seed(
 # ------------------------------------------------------------------------------------------- what DIR holds
 
 
-def write_results(out: Path, dataset: str, states: States) -> None:
+def write_results(out: Path, preset: Preset, dataset: str, states: States) -> None:
     """Every table and figure of an error study from the seeds' states, finished or not."""
     from figures.render import render
 
@@ -86,11 +86,11 @@ def write_results(out: Path, dataset: str, states: States) -> None:
         write_csv(out / "spectra.csv", pd.concat(spectra, ignore_index=True))
     _write_common(out, states)
     if len(frame):
-        write_text(out / "claims.md", judge(frame, dataset))
+        write_text(out / "claims.md", judge(frame, dataset, preset.setting))
         render(out)
 
 
-def write_monitored(out: Path, dataset: str, states: States) -> None:
+def write_monitored(out: Path, preset: Preset, dataset: str, states: States) -> None:
     """The tables and the figure of a monitored training."""
     from figures.monitor import render_monitor
 
@@ -174,7 +174,13 @@ def _about(preset: Preset, trajectory: str, monitor: bool, dataset: Dataset) -> 
         }
         for w in preset.windows(per_epoch)
     ]
-    return {"layer": LAYER, "trajectory": trajectory, "monitor": monitor, "windows": windows}
+    return {
+        "layer": LAYER,
+        "trajectory": trajectory,
+        "monitor": monitor,
+        "setting": preset.setting,
+        "windows": windows,
+    }
 
 
 def _outcomes(
@@ -183,7 +189,7 @@ def _outcomes(
     jobs: Sequence[Job],
     arguments: argparse.Namespace,
     stop: Stop,
-    write: Callable[[Path, str, States], None],
+    write: Callable[[Path, Preset, str, States], None],
 ) -> Iterator[Outcome]:
     """Runs the jobs; the tables are written anew after each."""
     device, out = arguments.device, arguments.out
@@ -193,7 +199,7 @@ def _outcomes(
         for outcome in in_parallel(tasks, arguments.jobs):
             if outcome.state is not None:
                 states.append(outcome.state)
-                write(out, dataset.name, states)
+                write(out, preset, dataset.name, states)
             yield outcome
 
 

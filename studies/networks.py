@@ -58,6 +58,13 @@ def vgg16_bn(width: float = 1.0, classes: int = 10, before: float | None = None)
     return VGG16BN(width, classes, before)
 
 
+def fc0_sizes(width: float) -> tuple[int, int]:
+    """Inputs and outputs of the first FC layer."""
+    last = _VGG16[_LAST]
+    assert isinstance(last, int)
+    return scaled(last, width) * _IMAGE_WIDTH, scaled(_HIDDEN, width)
+
+
 def scaled(size: int, width: float) -> int:
     """`size * width`, rounded, at least 1."""
     return max(1, round(size * width))

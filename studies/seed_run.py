@@ -15,7 +15,7 @@ from kfacerr.lowrank import LowRank
 from kfacerr.process import Estimate, Process, Settings
 from kfacerr.stream import Array, Step, Window
 from kfacerr.study import ErrorStudy, Row
-from kfacerr.torch import ColumnHooks
+from kfacerr.torch import KFAC, ColumnHooks
 from studies.config import LAYER, Preset, continued
 from studies.data import Dataset
 from studies.environment import synchronize
@@ -205,8 +205,9 @@ class SeedRun:
 
     def _optimizer_processes(self) -> dict[str, Process]:
         """The processes of the layer's factors in the optimizer that drives a run of its own."""
-        optimizer: Any = self.training.optimizer
-        return {side: factor.process for side, factor in optimizer.layers[LAYER].factors.items()}
+        assert isinstance(self.training.optimizer, KFAC)
+        factors = self.training.optimizer.layers[LAYER].factors
+        return {side: process for side, factor in factors.items() for process in factor.processes.values()}
 
     def _record(self, step: Step) -> None:
         if self.recording is None:

@@ -180,11 +180,12 @@ def _sgd(network: nn.Sequential, setting: Setting) -> Step:
 def _kfac(algorithm: str) -> Callable[[nn.Sequential, Setting], Step]:
     def make(network: nn.Sequential, setting: Setting) -> Step:
         paper = TrainingConfig(setting.problem.n, 1, driver=algorithm).periods(PAPER_STEPS)
+        periods: Any = {name: setting.periods[period] for name, period in paper.items()}
         optimizer = KFAC(
             network,
             algorithm,
             lr=setting.lr,
-            **{name: setting.periods[period] for name, period in paper.items()},
+            **periods,
             rank=setting.problem.rank,
             phi_lambda=PHI,
             rho=RHO,

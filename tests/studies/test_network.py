@@ -43,6 +43,15 @@ def test_the_width_scales_every_channel_count_and_the_hidden_layer(width: float,
     assert model(torch.empty(4, 3, 32, 32, device="meta")).shape == (4, 10)
 
 
+def test_fc0_may_have_the_papers_size_behind_narrow_convolutions() -> None:
+    with torch.device("meta"):
+        model = vgg16_bn(1.0, before=1 / 8)
+    channels = [module.out_channels for module in model.features if isinstance(module, nn.Conv2d)]
+    assert channels == [8] * 2 + [16] * 2 + [32] * 3 + [64] * 5 + [512]
+    assert (model.fc0.in_features, model.fc0.out_features) == (16384, 2048)
+    assert model(torch.empty(4, 3, 32, 32, device="meta")).shape == (4, 10)
+
+
 def test_the_weights_follow_the_global_seed_and_biases_of_convolutions_start_at_0() -> None:
     states = []
     for seed in (1, 1, 2):
