@@ -5,13 +5,16 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from figures.files import note, read_table, save_both
+from figures.render import save_both
+from figures.tables import note, read_table
+from kfacerr.algorithms import Algorithm
 from kfacerr.metrics import METRICS
 from kfacerr.plot import METRIC_LABELS, ROUNDING, style
+from kfacerr.study import CERTIFIED
 
 __all__ = ["monitor_figure", "render_monitor"]
 
-CERTIFIED = {"inverse_A": "certified_A", "inverse_G": "certified_G"}
+BOUNDS = {f"inverse_{side}": metric for side, metric in CERTIFIED.items()}
 CYCLE = 50  # iterations: one period of the heavier updates, over which every curve is averaged
 
 
@@ -23,10 +26,9 @@ def render_monitor(run: Path) -> None:
     """
     errors = read_table(run / "monitor.csv", ("algorithm", "k", "metric", "value", "epoch", "seed"))
     spectra = read_table(run / "spectrum.csv", ("epoch", "factor", "above_damping", "at_r", "at_r_plus_n", "tail"))
-    figure = monitor_figure(
-        errors[errors.continuation == "min"], spectra, note(run, errors.seed.nunique(), band=False)
-    )
-    save_both(figure, run / "monitor")
+    names = [name for name in errors.algorithm.unique() if Algorithm.parse(name).get("continuation") is None]
+    shown = errors[errors.algorithm.isin(names)]
+    save_both(monitor_figure(shown, spectra, note(run, errors.seed.nunique(), band=False)), run / "monitor")
 
 
 def monitor_figure(errors: pd.DataFrame, spectra: pd.DataFrame, title: str) -> Figure:
@@ -46,12 +48,12 @@ def monitor_figure(errors: pd.DataFrame, spectra: pd.DataFrame, title: str) -> F
             colour, line = styles[name]
             curve = curves.loc[name, metric]
             ax.semilogy(curve.index, curve, color=colour, linestyle=line, linewidth=1.0, label=name)
-            bound = CERTIFIED.get(metric, "")
+            bound = BOUNDS.get(metric, "")
             if (name, bound) in drawn:
                 certified = curves.loc[name, bound]
                 certified = certified[(certified > ROUNDING) & (certified < 10)]  # above it says nothing
                 ax.semilogy(certified.index, certified, color=colour, linestyle=":", linewidth=0.8)
-        ax.set_title(METRIC_LABELS[metric] + (", dotted: certified" if metric in CERTIFIED else ""), fontsize=8)
+        ax.set_title(METRIC_LABELS[metric] + (", dotted: certified" if metric in BOUNDS else ""), fontsize=8)
     for ax, factor, symbol in zip(axes[2], "AG", (r"$\bar\mathcal{A}$", r"$\bar\Gamma$"), strict=True):
         part = spectra[spectra.factor == factor].groupby("epoch").mean(numeric_only=True)
         for column, label, line in (

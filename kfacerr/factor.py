@@ -30,7 +30,7 @@ class _Held(NamedTuple):
 
     estimate: Estimate
     damping: Any
-    inverse: DampedInverse | DenseInverse
+    inverse: DampedInverse | DenseInverse | None
 
 
 class KFactor:
@@ -191,6 +191,10 @@ class KFactor:
 
         Returns:
             The inverse; None where there is none: no estimate yet, or one that is zero.
+
+        Raises:
+            InputError: it cannot be made, in float64 neither. It is not tried again before something changes:
+                until then the previous one is returned.
         """
         estimate = self.processes[name].estimate
         if estimate is None or estimate.lowrank.m == 0:
@@ -202,14 +206,13 @@ class KFactor:
         new = held is None or held.estimate is not estimate
         if new and not float(estimate.lowrank.lambda_max) > 0:
             return None
-        inverse = damped_inverse(
-            estimate.lowrank,
-            phi=phi,
-            lam=lam,
-            continuation=continuation,
-            trace=estimate.trace,
-            level=estimate.level,
-        )
+        options = {"continuation": continuation, "trace": estimate.trace, "level": estimate.level}
+        try:
+            inverse = damped_inverse(estimate.lowrank, phi=phi, lam=lam, **options)
+        except failures() as error:
+            previous = None if held is None else held.inverse
+            self._inverses[name, continuation] = _Held(estimate, damping, previous)
+            raise InputError(f"{self.side}: {name}: {' '.join(str(error).split())}") from error
         self._inverses[name, continuation] = _Held(estimate, damping, inverse)
         return inverse
 

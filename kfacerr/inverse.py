@@ -13,7 +13,7 @@ from typing import Protocol
 import array_api_compat as compat
 import numpy as np
 
-from .array import add_to_diagonal, cholesky_inverse, device_array, eps, namespace, norm
+from .array import add_to_diagonal, cholesky_inverse, device_array, eps, failures, namespace, norm, to_dtype
 from .exceptions import InputError
 from .lowrank import LowRank
 from .rsvd import evd
@@ -272,11 +272,23 @@ class Exact(LowRank):
         return {"M": self.M}
 
     def inverse(self, *, phi: float | None = None, lam: Array | None = None) -> tuple[DenseInverse, Array]:
-        """`exact_inverse` of M; the last one is kept."""
+        """`exact_inverse` of M, in float64 if it fails in M's precision; the last one is kept."""
         held = vars(self).get("_held")
         if held is None or not (phi == held[0] if lam is None else lam is held[2]):
-            held = vars(self)["_held"] = (phi, *exact_inverse(self.M, phi=phi, lam=lam))
+            held = vars(self)["_held"] = (phi, *self._inverted(phi, lam))
         return held[1:]
+
+    def _inverted(self, phi: float | None, lam: Array | None) -> tuple[DenseInverse, Array]:
+        M = self.M
+        try:
+            return exact_inverse(M, phi=phi, lam=lam)
+        except failures():
+            float64 = namespace(M).float64
+            if M.dtype == float64:
+                raise
+            given = lam if lam is None else to_dtype(lam, float64)
+            inverse, lam = exact_inverse(to_dtype(M, float64), phi=phi, lam=given)
+            return DenseInverse(to_dtype(inverse.matrix, M.dtype)), to_dtype(lam, M.dtype)
 
 
 def representation(state: dict[str, Array]) -> LowRank:

@@ -73,6 +73,10 @@ class Evd(Periodic):
         rounding = products + EVD_LOSS * d * unit * size
         return Certificate(0 * trace, rounding, rounding, rounding, d)
 
+    def due(self, k: int) -> bool:
+        """Never: nothing is decomposed before an inverse is asked for."""
+        return False
+
     def cost(self, d: int, n: int) -> Cost:
         """A Cholesky factor and the inverse from it: d^3/3 and 2 d^3/3 multiply-adds, 2 d^3 flops."""
         return Cost(2.0 * d * d * n, 2.0 * d**3, self.settings.T_inv, 3.0 * d * d, d)

@@ -143,15 +143,7 @@ class RecordingWriter:
             self._file.attrs["version"] = VERSIONS[-1]
             _create_series(group, "n", np.int64)
         for name, d in (("A", d_A), ("G", d_G)):
-            group.create_dataset(
-                name,
-                shape=(0, d, n or 1),
-                maxshape=(None, d, n),
-                chunks=(1, d, n or batch_size),
-                dtype=storage,
-                fletcher32=True,
-                fillvalue=np.nan,  # a step whose columns never reached the disk reads as NaN and is refused
-            )
+            _create_columns(group, name, d, n, batch_size, storage)
         _create_series(group, "update", np.uint8)
         _create_series(group, "k", np.int64)
         self._file.flush()
@@ -299,6 +291,19 @@ class RecordingWriter:
                 raise InputError(f"{self.partial}: layer {layer!r} was recorded with {key} = {found}, not {value}")
         if there.windows != to_windows(windows):
             raise InputError(f"{self.partial}: layer {layer!r} was recorded with other windows")
+
+
+def _create_columns(group: Any, name: str, d: int, n: int | None, batch_size: int, storage: Any) -> None:
+    """An empty dataset (0, d, n), whose n may grow if it is None."""
+    group.create_dataset(
+        name,
+        shape=(0, d, n or 1),
+        maxshape=(None, d, n),
+        chunks=(1, d, n or batch_size),
+        dtype=storage,
+        fletcher32=True,
+        fillvalue=np.nan,  # a step whose columns never reached the disk reads as NaN and is refused
+    )
 
 
 def _create_series(group: Any, name: str, dtype: Any) -> None:

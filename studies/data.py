@@ -176,6 +176,15 @@ def load_digits_rgb() -> Dataset:
     return Dataset("digits", images[:-360], labels[:-360], images[-360:], labels[-360:], classes, False)
 
 
+def load_dataset(
+    name: str, folder: Path | None, *, accept_modified: bool, n_train: int | None, n_test: int | None = None
+) -> Dataset:
+    """ "digits" or "cifar10", the first `n_train` train and `n_test` test images of it (None: all)."""
+    digits = name == "digits"
+    dataset = load_digits_rgb() if digits else load_cifar10(folder, accept_modified=accept_modified)
+    return dataset.subset(n_train, n_test)
+
+
 # Finding, downloading and checking the files.
 
 

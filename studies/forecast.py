@@ -1,7 +1,7 @@
 """What an error study costs: said in advance from the sizes, and by what was measured while it runs."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ class Speeds(NamedTuple):
 
     @classmethod
     def measured(cls, dtype: torch.dtype, device: torch.device) -> "Speeds":
+        """By one product and one inverse of order 2048."""
         d, n = 2048, 256
         M, X = torch.eye(d, dtype=dtype, device=device), torch.ones(d, n, dtype=dtype, device=device)
         cholesky_inverse(M)  # the first call sets things up
@@ -62,15 +63,16 @@ class Pace:
         expected: seconds of the kinds that are known in advance; of others, what the mean iteration takes.
     """
 
-    def __init__(self, expected: dict[object, float]) -> None:
+    def __init__(self, expected: dict[Hashable, float]) -> None:
         self.expected = expected
-        self._spent: dict[object, tuple[int, float]] = {}
+        self._spent: dict[Hashable, tuple[int, float]] = {}
 
-    def took(self, kind: object, seconds: float) -> None:
+    def took(self, kind: Hashable, seconds: float) -> None:
+        """An iteration of that kind is done."""
         count, total = self._spent.get(kind, (0, 0.0))
         self._spent[kind] = count + 1, total + seconds
 
-    def seconds(self, kinds: Iterable[tuple[object, int]]) -> float:
+    def seconds(self, kinds: Iterable[tuple[Hashable, int]]) -> float:
         """What `count` iterations of each kind will take."""
         done = sum(count for count, _ in self._spent.values())
         mean = sum(total for _, total in self._spent.values()) / max(done, 1)

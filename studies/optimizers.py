@@ -10,26 +10,15 @@ A study that is stopped, by --time-limit, --step-limit or Ctrl-C, goes on with -
 **Time.** Jobs that run side by side slow each other down. So all times in Table 2 and in the figures are epochs
 times the t_epoch that `studies.timing` takes of each optimizer alone, after the training; epochs.csv keeps what
 the clock said in each job, evaluation and checkpoints excluded. --timing-only does this last part alone: a study
-may be trained on a busy machine or a cluster, and timed on a quiet one.
-
-**On a cluster.** joblib runs the jobs, so its Dask and Ray backends take them. With a Dask scheduler at ADDRESS
-(`pip install kfacerr[cluster]`), whose workers see DIR and have one thread each (dask worker --nthreads 1):
-
-    python -m studies.optimizers --preset paper --cluster ADDRESS --out DIR
-
-With Ray, or any other backend:
-
-    from ray.util.joblib import register_ray
-    register_ray()
-    with joblib.parallel_config("ray"):
-        studies.optimizers.main(["--preset", "paper", "--cluster", "current", "--out", "DIR"])
+may be trained on a busy machine or a cluster (see `studies.jobs`), and timed on a quiet one.
 """
 
 import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,33 +26,34 @@ import joblib
 import pandas as pd
 import torch
 
-from figures.optimizers import epochs_to, render
-from kfacerr.cli import Parser
+from figures.tables import epochs_to
+from kfacerr.command import Parser, run
 from kfacerr.exceptions import InputError
-from kfacerr.files import write_text
+from kfacerr.files import write_csv, write_text
 from kfacerr.inverse import CONTINUATIONS
+from studies.claims import judge_optimizers
+from studies.config import OPTIMIZER_PRESETS, TABLE_1, OptimizerPreset, family, table_2, update_period
 from studies.data import Dataset
-from studies.drivers import TABLE_1, TABLE_2
-from studies.files import load_checkpoint
-from studies.optimizer_claims import judge
-from studies.presets import OPTIMIZER_PRESETS, OptimizerPreset
-from studies.running import (
+from studies.environment import synchronize
+from studies.jobs import (
     Outcome,
     Stop,
     add_data_arguments,
     add_job_arguments,
     begin,
-    command,
     in_parallel,
+    load_checkpoint,
     run_job,
+    slug,
     verdict,
     with_seeds,
-    write_csv,
 )
-from studies.timing import Timing, synchronize, time_drivers, write_timings
+from studies.timing import Timing, time_drivers, write_timings
 from studies.training import Diverged, Training
 
 __all__ = ["Epoch", "OptimizerRun", "main"]
+
+T_UPDT_4_2 = 10  # of §4.2, whose drivers are timed beside Table 2's
 
 
 class Epoch(NamedTuple):
@@ -116,6 +106,10 @@ class OptimizerRun:
     def finished(self) -> bool:
         return bool(self.diverged) or self.training.k >= self.end
 
+    def seconds_left(self, mean: float) -> float:
+        """At the mean pace so far."""
+        return mean * (self.end - self.position)
+
     def advance(self) -> None:
         """One iteration; at an epoch's end, its row."""
         if self._started is None:
@@ -142,11 +136,8 @@ class OptimizerRun:
 
     def _pause(self) -> None:
         if self._started is not None:
-            now = self._now()
-            spent = [
-                before + end - start for before, end, start in zip(self._spent, now, self._started, strict=True)
-            ]
-            self._spent = spent[0], spent[1]
+            (wall, cpu), now = self._started, self._now()
+            self._spent = self._spent[0] + now[0] - wall, self._spent[1] + now[1] - cpu
             self._started = None
 
     def results(self) -> dict[str, Any]:
@@ -171,6 +162,7 @@ class OptimizerRun:
         return self.results()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave of an unfinished run."""
         self.epochs = [Epoch(*row) for row in state["epochs"]]
         self.training.load_state_dict(state["training"])
         self._loss.fill_(state["loss"])
@@ -181,31 +173,29 @@ class OptimizerRun:
 
 
 def job_name(optimizer: str, seed: int) -> str:
+    """As messages call it."""
     return f"{optimizer}, seed {seed}"
 
 
 def checkpoint_path(out: Path, optimizer: str, seed: int) -> Path:
-    return out / "state" / f"{optimizer}-seed-{seed}.pt"
+    """Where a job keeps its state."""
+    return out / "state" / f"{slug(optimizer, 'seed', seed)}.pt"
 
 
 def run_optimizer(
     preset: OptimizerPreset, dataset: Dataset, optimizer: str, seed: int, device: str, out: Path, stop: Stop
 ) -> Outcome:
     """Takes one job as far as `stop` allows, in whatever process, on whatever machine it runs."""
-    return run_job(
-        job_name(optimizer, seed),
-        checkpoint_path(out, optimizer, seed),
-        lambda: OptimizerRun(preset, dataset, optimizer, seed, device),
-        stop,
-    )
+    make = partial(OptimizerRun, preset, dataset, optimizer, seed, device)
+    return run_job(job_name(optimizer, seed), checkpoint_path(out, optimizer, seed), make, stop)
 
 
 # ------------------------------------------------------------------------------------------- what DIR holds
 
+States = Sequence[dict[str, Any]]
 
-def write_tables(
-    out: Path, preset: OptimizerPreset, states: Sequence[dict[str, Any]], timings: Sequence[Timing]
-) -> None:
+
+def write_tables(out: Path, preset: OptimizerPreset, states: States, timings: Sequence[Timing]) -> None:
     """The CSVs, from the jobs' states, finished or not, and the times taken so far."""
     write_csv(out / "epochs.csv", _epochs(states))
     write_csv(out / "runs.csv", pd.DataFrame([_run_row(state, preset) for state in states]))
@@ -213,18 +203,19 @@ def write_tables(
 
 
 def write_results(
-    out: Path, preset: OptimizerPreset, dataset: str, states: Sequence[dict[str, Any]], timings: Sequence[Timing]
+    out: Path, preset: OptimizerPreset, T_updt: int, dataset: str, states: States, timings: Sequence[Timing]
 ) -> None:
     """Table 2, the figures and the claims."""
+    from figures.optimizers import render
+
     epochs = _epochs(states)
     if len(epochs):
         render(out)
-        write_text(
-            out / "claims.md", judge(epochs, pd.DataFrame(timings, columns=Timing._fields), preset, dataset)
-        )
+        timing = pd.DataFrame(timings, columns=Timing._fields)
+        write_text(out / "claims.md", judge_optimizers(epochs, timing, preset, T_updt, dataset))
 
 
-def _epochs(states: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def _epochs(states: States) -> pd.DataFrame:
     rows = [(s["optimizer"], s["seed"], *epoch) for s in states for epoch in s["epochs"]]
     return pd.DataFrame(rows, columns=["optimizer", "seed", *Epoch._fields])
 
@@ -252,16 +243,12 @@ def _run_row(state: dict[str, Any], preset: OptimizerPreset) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the study; returns the exit status: 0 (also when a limit stopped it), 2 bad input, 130 Ctrl-C."""
-    return command("optimizers", _parser(), _run, argv)
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m studies.optimizers", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", required=True, choices=tuple(OPTIMIZER_PRESETS))
     add_data_arguments(parser)
     add_job_arguments(parser)
     parser.add_argument(
-        "--optimizers", nargs="+", choices=tuple(TABLE_2), metavar="NAME", help="default: all nine"
+        "--optimizers", nargs="+", metavar="NAME", help='e.g. SGD "R-KFAC T_inv=25" (default: all of Table 2)'
     )
     parser.add_argument(
         "--continuation", choices=CONTINUATIONS, help="of the spectrum (default: min, the paper's)"
@@ -269,12 +256,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--equal-rank", action="store_true", help="R-KFAC's FC layer at rank r + n, as the B- ones"
     )
-    parser.add_argument(
-        "--cluster", default="", metavar="ADDRESS", help="of a Dask scheduler; 'current': joblib's active backend"
-    )
     parser.add_argument("--timing-only", action="store_true", help="train no further, take the times")
     parser.add_argument("--no-timing", action="store_true", help="train only; take the times later")
-    return parser
+    return run("optimizers", parser, _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -285,44 +269,59 @@ def _run(arguments: argparse.Namespace) -> int:
         preset = dataclasses.replace(preset, equal_rank=True)
     if arguments.continuation:
         preset = dataclasses.replace(preset, continuation=arguments.continuation)
-    optimizers = tuple(dict.fromkeys(arguments.optimizers or TABLE_2))
-    dataset, stop = begin(
-        arguments, preset, n_test=preset.n_test, resume=arguments.timing_only, optimizers=list(optimizers)
-    )
-    out: Path = arguments.out
-    timed = (*optimizers, *(TABLE_1 if set(optimizers) == set(TABLE_2) else ()))
-    configs = {name: preset.training_config(name, preset.seeds[0], arguments.device) for name in timed}
-    times = out / "state" / "timing"
-    timings = time_drivers(configs, dataset, preset.timing_rounds, times, lambda: True)  # those taken already
-    jobs = [
-        (optimizer, seed) for seed in preset.seeds for optimizer in optimizers
-    ]  # of each something, if stopped
-    outcomes: list[Outcome] = []
-
-    def states() -> list[dict[str, Any]]:
-        return [outcome.state for outcome in outcomes if outcome.state is not None]
-
+    for name in arguments.optimizers or ():
+        family(name)
+    about = partial(_about, preset, arguments.optimizers)
+    dataset, stop = begin(arguments, preset, about, n_test=preset.n_test, resume=arguments.timing_only)
+    optimizers, T_updt = about(dataset).values()
+    device, out = arguments.device, arguments.out
+    configs = [preset.training_config(name, preset.seeds[0], device) for name in optimizers]
+    if not arguments.optimizers:
+        configs += [preset.training_config(name, preset.seeds[0], device, T_updt=T_UPDT_4_2) for name in TABLE_1]
+    take = partial(time_drivers, configs, dataset, preset.timing_rounds, out / "state" / "timing")
+    timings = take(lambda: True)  # those taken already
+    jobs = [(name, seed) for seed in preset.seeds for name in optimizers]  # of each something, if stopped
     with stop.listening():
         if arguments.timing_only:
             outcomes = [_saved(out, *job) for job in jobs]
         else:
-            tasks = [
-                joblib.delayed(run_optimizer)(preset, dataset, *job, arguments.device, out, stop) for job in jobs
-            ]
-            for outcome in in_parallel(tasks, arguments.jobs, arguments.cluster):
-                outcomes.append(outcome)
-                write_tables(out, preset, states(), timings)
+            tasks = [joblib.delayed(run_optimizer)(preset, dataset, *job, device, out, stop) for job in jobs]
+            outcomes = _gathered(in_parallel(tasks, arguments.jobs), partial(write_tables, out, preset), timings)
         whole = not any(outcome.stopped or outcome.error for outcome in outcomes)
         if arguments.timing_only or (whole and not arguments.no_timing):
             stop.steps = None
-            timings = time_drivers(configs, dataset, preset.timing_rounds, times, stop)
-    write_tables(out, preset, states(), timings)
-    write_results(out, preset, dataset.name, states(), timings)
+            timings = take(stop)
+    write_tables(out, preset, _states(outcomes), timings)
+    write_results(out, preset, T_updt, dataset.name, _states(outcomes), timings)
     if (table := out / "table2.md").exists():
         print(table.read_text(encoding="utf-8"))
     if stop.reason:
         outcomes.append(Outcome("timing", None, stop.reason))
     return verdict("optimizers", outcomes, out)
+
+
+def _about(preset: OptimizerPreset, optimizers: Sequence[str] | None, dataset: Dataset) -> dict[str, Any]:
+    """What config.json says beside the preset."""
+    per_epoch = len(dataset.train_images) // preset.batch_size
+    return {
+        "optimizers": list(dict.fromkeys(optimizers or table_2(per_epoch))),
+        "T_updt": update_period(per_epoch),
+    }
+
+
+def _gathered(
+    results: Any, write: Callable[[States, Sequence[Timing]], None], timings: Sequence[Timing]
+) -> list[Outcome]:
+    """The outcomes; the tables are written anew after each."""
+    outcomes: list[Outcome] = []
+    for outcome in results:
+        outcomes.append(outcome)
+        write(_states(outcomes), timings)
+    return outcomes
+
+
+def _states(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    return [outcome.state for outcome in outcomes if outcome.state is not None]
 
 
 def _saved(out: Path, optimizer: str, seed: int) -> Outcome:

@@ -1,82 +1,58 @@
 """t_epoch of drivers, taken one at a time, and where the time of a step goes.
 
-    python -m studies.timing --preset digits|cifar10-small|paper [--data DIR] --out DIR
+    python -m studies.timing --preset digits|cifar10-small|paper-layer|paper [--data DIR] --out DIR
 
 times the algorithms of Table 1, with all measurement off, at the sizes of the error study's preset. DIR may be
 that study's: its Table 1 then gets the t_epoch column. `studies.optimizers` takes its times here as well.
 
-Jobs that run side by side share memory, caches and turbo clocks, and so slow each other down; what a run of one of
-several jobs took says little. Here nothing else of ours runs. A round is a fresh training run of each driver in
-turn: its first iteration, which starts everything up, and then, timed, as many whole cycles of its updates as fill
-ten T_updt; that gives every kind of step its share. t_epoch is the time of a step times the steps of an epoch.
-Evaluation is not in it, and the device is synchronised at both ends. Rounds alternate between the drivers, so that
-a disturbance from outside meets all of them alike; their standard deviation says how large it was.
+A round is a fresh training run of each driver in turn: its first iteration, which starts everything up, and then,
+timed, as many whole cycles of its updates as fill ten T_updt; that gives every kind of step its share. t_epoch is
+the time of a step times the steps of an epoch. Evaluation is not in it. Nothing else of ours runs, and rounds
+alternate between the drivers; their standard deviation says how large a disturbance was.
+
+Where the time goes follows from the kinds of steps, without a look inside an optimizer: of the lightest steps, the
+time until `optimizer.step()` begins, the time in it, and the rest; what steps that update the factors take beyond
+these; and what steps that decompose take beyond those. Where the two only come together, all is decomposition.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
-import torch
-from torch.autograd.profiler import record_function
 from tqdm import tqdm
 
-from figures.render import render
-from kfacerr.cli import Parser
+from kfacerr.command import Parser, check_at_least, run
 from kfacerr.exceptions import InputError
-from kfacerr.process import EAFactor
-from kfacerr.torch import KFAC
-from kfacerr.torch.layers import Factor, Layer
-from kfacerr.torch.seng import SENG
-from studies.data import Dataset
-from studies.drivers import TABLE_1, find_driver, update_period
-from studies.files import load_checkpoint, save_checkpoint
-from studies.presets import PRESETS
-from studies.running import add_data_arguments, check_at_least, command, load_dataset, write_csv
-from studies.training import Training, TrainingConfig, select_device
+from kfacerr.files import write_csv
+from studies.config import PRESETS, TABLE_1, TrainingConfig, update_period
+from studies.data import Dataset, load_dataset
+from studies.drivers import Updates, find_driver
+from studies.environment import select_device, synchronize
+from studies.jobs import add_data_arguments, load_checkpoint, save_checkpoint, slug
+from studies.training import Training
 
-__all__ = ["PARTS", "Stopwatch", "Timing", "main", "measure", "synchronize", "time_drivers", "write_timings"]
-
-FORWARD_BACKWARD = "forward/backward"
-FACTORS = "EA update"
-DECOMPOSITION = "decomposition"
-APPLICATION = "application"
-OTHER = "other"  # the batch, clip, weight decay and update of the weights, the loop
-PARTS = (FORWARD_BACKWARD, FACTORS, DECOMPOSITION, APPLICATION, OTHER)
-"""Of a step. What is called from within another part is not counted in that one."""
-
-LABELS = {"studies.forward_backward": FORWARD_BACKWARD}
-SEAMS: tuple[tuple[type, str, str], ...] = (
-    (Layer, "collect", FACTORS),  # the columns: hooks, unfolded convolutions
-    (KFAC, "_columns", FACTORS),
-    (EAFactor, "update", FACTORS),  # (8)
-    (Factor, "_attempt", DECOMPOSITION),  # (9), (10), EVD: whatever the process does
-    (KFAC, "_precondition", APPLICATION),  # Alg. 1 l.15-18, or Alg. 8
-    (KFAC, "_descend_product", APPLICATION),  # Alg. 8's one product, which also is the update
-    (SENG, "_refresh", DECOMPOSITION),
-    (SENG, "_directions", APPLICATION),
-)
-"""Methods whose time is taken, and the part each belongs to."""
+__all__ = ["Timing", "main", "measure", "parts", "time_drivers", "write_timings"]
 
 
 class Timing(NamedTuple):
     """One driver in one round.
 
     Attributes:
+        table: 1 with the periods of §4.2, 2 with those of §6.
+        driver: its name.
+        round: counted from 0.
+        steps: that were timed.
         t_epoch: seconds of an epoch.
-        parts: seconds of an epoch in each of `PARTS`.
+        parts: seconds of an epoch by part.
     """
 
+    table: int
     driver: str
     round: int
     steps: int
@@ -84,147 +60,128 @@ class Timing(NamedTuple):
     parts: dict[str, float]
 
 
-class Stopwatch:
-    """Adds up the time spent in each of `PARTS`, by standing in for `SEAMS` and for `record_function`'s labels.
-
-    torch.profiler would give the same from a trace of every operator; this costs microseconds a call, and so may
-    run while t_epoch is taken. On a GPU each end waits for the device, which costs more: t_epoch is taken without.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self._device = device
-        self._open: list[str] = []
-        self._since = 0.0
-
-    def _mark(self) -> None:
-        """The time since the last mark goes to the innermost part that is open."""
-        synchronize(self._device)
-        now = time.perf_counter()
-        if self._open:
-            self.seconds[self._open[-1]] += now - self._since
-        self._since = now
-
-    def _enter(self, part: str) -> None:
-        self._mark()
-        self._open.append(part)
-
-    def _leave(self) -> None:
-        self._mark()
-        self._open.pop()
-
-    def _timed(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            self._enter(part)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._leave()
-
-        return timed
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within it time is taken; it is one part of its own, `OTHER`. Labels reach no profiler meanwhile."""
-
-        def enter(label: record_function) -> record_function:
-            self._enter(LABELS.get(label.name, self._open[-1]))
-            return label
-
-        def leave(label: record_function, *error: object) -> None:
-            self._leave()
-
-        with contextlib.ExitStack() as patches:
-            patches.enter_context(mock.patch.object(record_function, "__enter__", enter))
-            patches.enter_context(mock.patch.object(record_function, "__exit__", leave))
-            for owner, name, part in SEAMS:
-                timed = self._timed(getattr(owner, name), part)
-                patches.enter_context(mock.patch.object(owner, name, timed))
-            self._enter(OTHER)
-            try:
-                yield
-            finally:
-                self._leave()
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measure(config: TrainingConfig, dataset: Dataset, round: int) -> Timing:
     """A fresh run's t_epoch over whole cycles of its driver's updates."""
     # Schedules stand still at their start, where every algorithm has its work to do; epochs are plenty.
     training = Training(dataclasses.replace(config, epochs=10**6, schedule_epochs=10**6), dataset)
     per_epoch = training.steps_per_epoch
-    cycle = find_driver(config.driver).cycle(per_epoch)
-    steps = -(-10 * update_period(per_epoch) // cycle) * cycle
+    updates = find_driver(config.driver).updates(config, per_epoch)
+    steps = -(-10 * update_period(per_epoch) // updates.cycle) * updates.cycle
     training.step()
-    watch = Stopwatch(training.device)
-    on_cpu = training.device.type == "cpu"
-    seconds = _timed(training, steps, watch if on_cpu else None)
-    if not on_cpu:
-        _timed(training, steps, watch)
+    laps = _laps(training, steps, wait=False)
+    seconds = laps.sum()
+    if (
+        training.device.type != "cpu"
+    ):  # parts need a device that is waited for at every mark, t_epoch one that is not
+        laps = _laps(training, steps, wait=True)
     scale = per_epoch / steps
-    parts = {part: s * scale for part, s in watch.seconds.items()}
-    return Timing(config.driver, round, steps, seconds * scale, parts)
+    kinds = [_kind(k, updates) for k in range(training.k - steps, training.k)]
+    split = {part: float(s) * scale for part, s in parts(laps, kinds).items()}
+    return Timing(1 if config.T_updt else 2, config.driver, round, steps, float(seconds) * scale, split)
 
 
-def _timed(training: Training, steps: int, watch: Stopwatch | None) -> float:
-    with contextlib.nullcontext() if watch is None else watch.listening():
-        synchronize(training.device)
-        start = time.perf_counter()
-        for _ in range(steps):
-            training.step()
-        synchronize(training.device)
-        return time.perf_counter() - start
+def _laps(training: Training, steps: int, *, wait: bool) -> np.ndarray:
+    """(steps, 3): seconds of each step until `optimizer.step()` begins, in it, and after it."""
+    marks: list[float] = []
+
+    def mark(*_: object) -> None:
+        if wait:
+            synchronize(training.device)
+        marks.append(time.perf_counter())
+
+    handles = (
+        training.optimizer.register_step_pre_hook(mark),
+        training.optimizer.register_step_post_hook(mark),
+    )
+    synchronize(training.device)
+    mark()
+    for _ in range(steps):
+        training.step()
+        mark()
+    synchronize(training.device)
+    marks[-1] = time.perf_counter()
+    for handle in handles:
+        handle.remove()
+    return np.diff(marks).reshape(steps, 3)
+
+
+def _kind(k: int, updates: Updates) -> int:
+    """0 for a plain iteration, 1 for one that updates the factors, 2 for one that decomposes as well."""
+    if any(k % period == 0 for period in updates.decompositions):
+        return 2
+    return int(updates.factors > 0 and k % updates.factors == 0)
+
+
+def parts(laps: np.ndarray, kinds: Sequence[int]) -> dict[str, float]:
+    """Where the time of some steps went, which adds up to it.
+
+    Args:
+        laps: (steps, 3), see `_laps`.
+        kinds: of each step, see `_kind`; the lightest there is stands for what every step does.
+
+    Returns:
+        Seconds by part.
+    """
+    kind, steps = np.asarray(kinds), len(kinds)
+    lightest = kind.min()
+    before, within, after = laps[kind == lightest].mean(0) * steps
+    totals = {"forward/backward": before, "step": within, "other": after}
+    base = laps[kind == lightest].sum(1).mean()
+    for number, part in ((1, "EA update"), (2, "decomposition")):
+        if number > lightest and (kind == number).any():
+            mean = laps[kind == number].sum(1).mean()
+            totals[part] = (mean - base) * int((kind >= number).sum())
+            base = mean
+    return totals
 
 
 def time_drivers(
-    configs: dict[str, TrainingConfig],
+    configs: Sequence[TrainingConfig],
     dataset: Dataset,
     rounds: int,
     folder: Path,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Timing]:
-    """Rounds of `measure`, one after the other in this process; those that `folder` holds are not taken again."""
+    """Rounds of `measure`, one after the other in this process; those that `folder` holds are not taken again.
+
+    Raises:
+        InputError: `folder` holds times of another configuration.
+    """
     timings = []
-    jobs = [(round, name) for round in range(rounds) for name in configs]
-    for round, name in tqdm(jobs, unit="timing", disable=None):
-        config = asdict(configs[name])
-        path = folder / f"{name.replace(' ', '-')}-{round}.pt"
+    jobs = [(round, config) for round in range(rounds) for config in configs]
+    for round, config in tqdm(jobs, unit="timing", disable=None):
+        path = folder / f"{slug('periods', config.T_updt, config.driver, round)}.pt"
         if path.exists():
             saved = load_checkpoint(path)
-            if asdict(TrainingConfig(**saved["config"])) != config:  # one that lacks a setting has its default
+            if saved["config"] != dataclasses.asdict(config):
                 raise InputError(f"{path}: was taken of another configuration; remove {folder} to time anew")
             timings.append(Timing(**saved["timing"]))
         elif not stop():
-            timings.append(measure(configs[name], dataset, round))
-            save_checkpoint(path, {"config": config, "timing": timings[-1]._asdict()})
+            timings.append(measure(config, dataset, round))
+            save_checkpoint(path, {"config": dataclasses.asdict(config), "timing": timings[-1]._asdict()})
     return timings
 
 
 def write_timings(out: Path, timings: Sequence[Timing]) -> None:
-    """timing.csv: driver, round, steps, t_epoch; breakdown.csv: driver, round, part, seconds of an epoch."""
-    rows: list[dict[str, Any]] = [{k: v for k, v in t._asdict().items() if k != "parts"} for t in timings]
-    write_csv(out / "timing.csv", pd.DataFrame(rows, columns=["driver", "round", "steps", "t_epoch"]))
-    parts = [(t.driver, t.round, part, s) for t in timings for part, s in t.parts.items()]
-    columns = ["driver", "round", "part", "seconds"]
-    write_csv(out / "breakdown.csv", pd.DataFrame(parts, columns=columns))
+    """timing.csv: table, driver, round, steps, t_epoch; breakdown.csv: table, driver, round, part, seconds."""
+    rows = [t._asdict() for t in timings]
+    names = [name for name in Timing._fields if name != "parts"]
+    write_csv(out / "timing.csv", pd.DataFrame(rows, columns=names))
+    split = [(t.table, t.driver, t.round, part, s) for t in timings for part, s in t.parts.items()]
+    columns = ["table", "driver", "round", "part", "seconds"]
+    write_csv(out / "breakdown.csv", pd.DataFrame(split, columns=columns))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Times Table 1's algorithms; returns the exit status: 0, or 2 after bad input."""
     parser = Parser(prog="python -m studies.timing", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", required=True, choices=tuple(PRESETS))
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="times each is timed (default: 3)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="times each is timed")
     add_data_arguments(parser)
-    return command("timing", parser, _run, argv)
+    return run("timing", parser, _run, argv)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> None:
     check_at_least(rounds=(arguments.rounds, 1))
     select_device(arguments.device)
     preset = PRESETS[arguments.preset]
@@ -235,16 +192,15 @@ def _run(arguments: argparse.Namespace) -> int:
         n_train=preset.n_train,
     )
     per_epoch = len(dataset.train_images) // preset.batch_size
-    configs = {
-        name: preset.training_config(name, preset.seeds[0], per_epoch, arguments.device) for name in TABLE_1
-    }
+    configs = [preset.training_config(name, preset.seeds[0], per_epoch, arguments.device) for name in TABLE_1]
     timings = time_drivers(configs, dataset, arguments.rounds, arguments.out / "state" / "timing")
     write_timings(arguments.out, timings)
     if (arguments.out / "errors.csv").exists():
+        from figures.render import render
+
         render(arguments.out)
     times = pd.DataFrame(timings).groupby("driver", sort=False).t_epoch.agg(["mean", "std"])
     print(times.to_markdown(floatfmt=".3g"))
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ as if it had not been (bitwise on the CPU), with no generator states to save.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from enum import IntEnum
 from typing import Any
 
@@ -14,105 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.profiler import record_function
 
 from kfacerr.exceptions import InputError
+from studies.config import TrainingConfig
 from studies.data import Dataset
-from studies.drivers import DRIVERS, Driver, find_driver
+from studies.drivers import Driver, find_driver
+from studies.environment import select_device
 from studies.networks import VGG16BN, vgg16_bn
 
-__all__ = [
-    "DRIVERS",
-    "Diverged",
-    "Driver",
-    "Purpose",
-    "Training",
-    "TrainingConfig",
-    "crop_and_mirror",
-    "derived_seed",
-    "find_driver",
-    "select_device",
-]
+__all__ = ["Diverged", "Purpose", "Training", "crop_and_mirror", "derived_seed"]
 
 PADDING = 4  # of the random crop (design §4)
 CHECK_EVERY = 50  # iterations between looks at the loss, each of which makes the host wait for the device
-PAPER_EPOCHS = 50
 _EVALUATION_BATCH = 500
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """What, with a data set, determines a training run.
-
-    Attributes:
-        epochs: length of the run; the learning rate's schedule ends there.
-        width: of the network, 1 for the paper's.
-        conv_width: of the convolutions before the last, where they have one of their own.
-        driver: name of what drives the training, see `DRIVERS`.
-        learning_rate: the peak of the driver's schedule.
-        augment: random crops, and mirror images where the data set allows them.
-        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one.
-        schedule_epochs: epochs over which the paper's schedules, which are for 50, run here; 0 for `epochs`.
-        rank_scale: of the paper's ranks, for drivers that have one.
-        continuation: of the spectrum, for drivers that have one.
-        equal_rank: R-KFAC has rank r + n on the first FC layer, the rank at which the B- variants are applied.
-        amp: the network runs under autocast to bfloat16. Weights, gradients and all that optimizers make of them,
-            K-factors first of all, stay float32.
-        linear_application: the K-FAC family applies the first FC layer's inverses by Algorithm 8.
-    """
-
-    batch_size: int
-    epochs: int
-    width: float = 1.0
-    seed: int = 0
-    driver: str = "sgd"
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    augment: bool = True
-    device: str = "auto"
-    schedule_epochs: int = 0
-    rank_scale: float = 1.0
-    continuation: str = "min"
-    equal_rank: bool = False
-    amp: bool = False
-    conv_width: float | None = None
-    linear_application: bool = False
-
-    def paper_epoch(self, epoch: int) -> int:
-        """The epoch of the paper's 50 that stands for `epoch` in its schedules."""
-        return epoch * PAPER_EPOCHS // (self.schedule_epochs or self.epochs)
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "width", "learning_rate", "rank_scale", "conv_width"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} must be positive, not {value}")
-        for name in ("seed", "momentum", "weight_decay", "schedule_epochs"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise InputError(f"{name} must not be negative, but is {value}")
 
 
 class Diverged(InputError):
     """The loss of a training step is not finite."""
-
-
-def select_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is a GPU where there is one, else the CPU.
-
-    Raises:
-        InputError: there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"{name!r} is not the name of a device") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name!r} is asked for, but there are {torch.cuda.device_count()} GPUs")
-    return device
 
 
 class Purpose(IntEnum):
@@ -231,15 +149,13 @@ class Training:
         """
         if self.k >= self.total_steps:
             raise InputError(f"iteration {self.k} is past the end of the run, {self.config.epochs} epochs")
-        with record_function("studies.batch"):
-            images, labels = self.batch(self.k)
+        images, labels = self.batch(self.k)
         for group in self.optimizer.param_groups:
             group["lr"] = self._driver.learning_rate(self.config, self.epoch)
         torch.manual_seed(derived_seed(self.config.seed, Purpose.DROPOUT, self.k))
         self.optimizer.zero_grad()
-        with record_function("studies.forward_backward"):
-            loss = F.cross_entropy(self._logits(images), labels)
-            loss.backward()
+        loss = F.cross_entropy(self._logits(images), labels)
+        loss.backward()
         self.optimizer.step()
         self.k += 1
         loss = loss.detach()
@@ -301,7 +217,7 @@ class Training:
                 raise Diverged(f"the training diverged: the loss is {loss} at iteration {k} (epoch {epoch})")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs, for `studies.files.save_checkpoint`. Refuses a diverged run."""
+        """What a checkpoint needs, for `studies.jobs.save_checkpoint`. Refuses a diverged run."""
         self.check_losses()
         return {
             "identity": self._identity,
@@ -317,11 +233,8 @@ class Training:
             InputError: it was of another one; names the first setting that differs.
         """
         theirs = state.get("identity", {})
-        # A checkpoint from before a setting existed is of a run with its default.
-        defaults = {f.name: f.default for f in fields(TrainingConfig)}
         for name, value in self._identity.items():
-            other = theirs.get(name, defaults.get(name))
-            if other != value:
+            if (other := theirs.get(name)) != value:
                 raise InputError(f"the checkpoint is of a run with {name} = {other}, not {value}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

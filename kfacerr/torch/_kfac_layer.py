@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms import Algorithm
-from ..array import failures, map_arrays
+from ..array import map_arrays
 from ..exceptions import InputError
 from ..factor import KFactor
 from ..inverse import Inverse, precondition, precondition_linear
@@ -66,8 +66,6 @@ class KFACLayer(Layer):
         self._infos: dict[str, FactorInfo] = {}
         self._kind: tuple[torch.dtype, torch.device] | None = None
         self._configured: Hyper | None = None
-        self._last: dict[str, Inverse | None] = {}  # the inverses of the last step, by side
-        self._impossible: dict[str, tuple[Any, float]] = {}  # estimate and phi that gave none
 
     @property
     def with_bias(self) -> bool:
@@ -187,35 +185,35 @@ class KFACLayer(Layer):
         try:
             self.factors[side].push(k, X, gram=gram, finite=True)
         except InputError as error:
-            self._warn(side, k, "the decomposition failed, also in float64", error)
+            self._warn(side, k, error)
 
-    def _warn(self, side: str, k: int, what: str, error: Exception) -> None:
-        where = f"layer {self.name!r}, factor {side}, step {k}"
-        reason = " ".join(str(error).split())
-        warnings.warn(f"{where}: {what}; the previous inverse is kept ({reason})", RuntimeWarning, stacklevel=3)
+    def _warn(self, side: str, k: int, error: InputError) -> None:
+        warnings.warn(
+            f"layer {self.name!r}, factor {side}, step {k}: the decomposition failed, also in float64; the "
+            f"previous inverse is kept ({error})",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     # --------------------------------------------------------------------------------------------- step
 
-    def inverses(self, k: int, hyper: Hyper) -> tuple[Inverse, Inverse] | None:
-        """Of G and of A in their factors' units, at step k; None where either is missing."""
+    def inverses(self, k: int, phi: float, continuation: str) -> tuple[Inverse, Inverse] | None:
+        """Of G and of A in their factors' units, or None where either is missing; warns as `push` does."""
         if not self.factors:
             return None
-        G, A = (self._inverse(side, k, hyper) for side in "GA")
+        G, A = (self._inverse(side, k, phi, continuation) for side in "GA")
         return None if G is None or A is None else (G, A)
 
-    def _inverse(self, side: str, k: int, hyper: Hyper) -> Inverse | None:
-        """A side's damped inverse; the previous one, with a warning, where it cannot be taken."""
+    def _inverse(self, side: str, k: int, phi: float, continuation: str) -> Inverse | None:
         factor = self.factors[side]
         ((name, process),) = factor.processes.items()
-        settings = process.settings if "continuation" in process.fixed else hyper.settings
-        asked = (process.estimate, hyper.phi_lambda)
-        if self._impossible.get(side) != asked:
-            try:
-                self._last[side] = factor.inverse(name, phi=asked[1], continuation=settings.continuation)
-            except failures() as error:
-                self._impossible[side] = asked
-                self._warn(side, k, "the damped inverse failed", error)
-        return self._last.get(side)
+        if "continuation" in process.fixed:
+            continuation = process.settings.continuation
+        try:
+            return factor.inverse(name, phi=phi, continuation=continuation)
+        except InputError as error:
+            self._warn(side, k, error)
+            return factor.inverse(name, phi=phi, continuation=continuation)  # the previous one
 
     def preconditioned(self, inverses: tuple[Inverse, Inverse], columns: Columns | None) -> Tensor | Product:
         """S (d_G, d_A), by Algorithm 8 where there are columns, else by Algorithm 1 l.15-18.
@@ -263,7 +261,6 @@ class KFACLayer(Layer):
             if self.asked and state["linear"] is not None:
                 self.linear = state["linear"]
             self.factors, self._infos, self._configured = factors, infos, None
-            self._last, self._impossible = {}, {}
             self._kind = (saved["A"]["like"].dtype, self.weight.device) if saved else None
 
         return take

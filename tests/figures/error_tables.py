@@ -1,6 +1,6 @@
-"""Synthetic error tables with known answers, on which all of the paper's claims C1-C7 hold."""
+"""Synthetic tables with known answers: errors on which all of the claims C1-C7 hold, and epochs and times."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -52,7 +52,6 @@ def frame(
                 "metric": metric,
                 "value": np.repeat(value(curve, seed, epoch), BLOCK),
                 "epoch": epoch,
-                "continuation": "min",
                 "seed": seed,
             }
         )
@@ -67,4 +66,23 @@ def with_variants(errors: pd.DataFrame) -> pd.DataFrame:
     """The same errors also with the `trace` continuation, and R-KFAC's also at the rank of the B- variants."""
     randomised = errors[errors.algorithm.str.startswith("R-KFAC")]
     equal_rank = randomised.assign(algorithm=randomised.algorithm + f" rank={RANK}")
-    return pd.concat([errors, errors.assign(continuation="trace"), equal_rank], ignore_index=True)
+    trace = errors.assign(algorithm=errors.algorithm + " continuation=trace")
+    return pd.concat([errors, trace, equal_rank], ignore_index=True)
+
+
+def epochs_of(curves: Mapping[str, Sequence[Sequence[float]]], seconds: float = 10.0) -> pd.DataFrame:
+    """One list of accuracies a seed."""
+    return pd.DataFrame(
+        [
+            {"optimizer": name, "seed": seed, "epoch": i + 1, "seconds": seconds, "test_accuracy": accuracy}
+            for name, seeds in curves.items()
+            for seed, curve in enumerate(seeds)
+            for i, accuracy in enumerate(curve)
+        ]
+    )
+
+
+def times_of(times: Mapping[str, Sequence[float]], table: int = 2) -> pd.DataFrame:
+    """One t_epoch a round."""
+    rows = [(table, name, i, t) for name, rounds in times.items() for i, t in enumerate(rounds)]
+    return pd.DataFrame(rows, columns=["table", "driver", "round", "t_epoch"])

@@ -1,4 +1,4 @@
-"""Figures 1-2 and Table 1 from error tables with known answers."""
+"""Figures from tables with known answers, and `python -m figures`."""
 
 import numpy as np
 import pandas as pd
@@ -6,12 +6,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from figures.__main__ import main
-from figures.render import PAPER_TABLE_1, render, spectrum_figure, table_1
+from figures.optimizers import accuracy_figure
+from figures.render import errors_figure, render, spectrum_figure, variants_figure
+from figures.tables import epoch_times, table_1
 from kfacerr.algorithms import SEVEN
 from kfacerr.exceptions import InputError
 from kfacerr.metrics import METRICS
 from kfacerr.plot import METRIC_LABELS, error_curves, error_figure, save, style
-from tests.figures.error_tables import curves, frame
+from tests.figures.error_tables import curves, epochs_of, frame, times_of, with_variants
 
 RENDERED = [f"{stem}.{suffix}" for stem in ("figure1", "figure2") for suffix in ("pdf", "png")]
 
@@ -29,36 +31,6 @@ def _spectra() -> pd.DataFrame:
 def _drawn(figure: Figure, path) -> None:
     save(figure, path)  # laying it out and writing it raises nothing and warns of nothing
     assert path.stat().st_size > 1000
-
-
-# ------------------------------------------------------------------------------------------------- Table 1
-
-
-def test_table_1_averages_the_last_window_over_iterations_and_gives_mean_and_sd_over_seeds():
-    def value(curve, seed, epoch):
-        return curve * (1 + seed) * (1 if epoch == 30 else 100)
-
-    content = curves()
-    table = table_1(frame(content, seeds=3, value=value)).set_index("algorithm")
-    assert list(table.index) == list(SEVEN)
-    for algorithm in SEVEN:
-        for i, metric in enumerate(METRICS, 1):
-            average = content[algorithm, metric].mean()
-            assert table.loc[algorithm, f"({i}) mean"] == pytest.approx(2 * average)
-            assert table.loc[algorithm, f"({i}) SD"] == pytest.approx(average)  # of 1, 2 and 3 times it
-
-
-def test_table_1_has_the_papers_numbers_beside():
-    table = table_1(frame(curves())).set_index("algorithm")
-    row = table.loc["B-R-KFAC"]
-    assert [row[f"({i}) paper"] for i in range(1, 5)] == [3.40e-3, 1.81e-2, 0.40e-1, 0.74e-2]
-    assert row["paper t_epoch (s)"] == 59.5
-    assert np.isnan(table.loc["R-KFAC T_inv=300", "(1) paper"])  # the paper's table leaves it out
-    assert set(PAPER_TABLE_1) == set(SEVEN) - {"R-KFAC T_inv=300"}
-
-
-def test_table_1_of_one_seed_has_no_sd():
-    assert table_1(frame(curves(), seeds=1))["(1) SD"].isna().all()
 
 
 # ------------------------------------------------------------------------------------------------- Figures
@@ -80,7 +52,7 @@ def test_rows_are_windows_and_columns_are_metrics_on_log_scales():
     figure = error_figure(frame(curves()), METRICS[:2])
     axes = figure.axes
     assert [ax.get_title() for ax in axes] == [METRIC_LABELS[m] for m in METRICS[:2]] + ["", ""]
-    assert [ax.get_ylabel() for ax in axes] == ["epoch 15", "", "epoch 30", ""]
+    assert [ax.get_ylabel() for ax in axes] == ["epoch 15\nerror", "", "epoch 30\nerror", ""]
     assert all(ax.get_yscale() == "log" for ax in axes)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == list(SEVEN)
@@ -91,7 +63,7 @@ def test_windows_of_one_epoch_have_a_row_each_and_the_last_is_table_1s():
     second = second.assign(k=second.k + 5000, value=2 * second.value)
     table = pd.concat([f.assign(window=f.k.min()) for f in (first, second)], ignore_index=True)
     labels = [ax.get_ylabel() for ax in error_figure(table, METRICS[:1]).axes]
-    assert labels == ["epoch 15, from 15000", "epoch 15, from 20000"]
+    assert labels == ["epoch 15, from 15000\nerror", "epoch 15, from 20000\nerror"]
     expected = 2 * curves()["B-KFAC", "inverse_A"].mean()
     assert table_1(table).set_index("algorithm").loc["B-KFAC", "(1) mean"] == pytest.approx(expected)
 
@@ -119,7 +91,7 @@ def test_algorithms_look_the_same_in_every_figure_and_no_two_look_alike():
     "table",
     [
         frame(curves(), seeds=1, epochs=(15,)),
-        frame(curves(), seeds=1, epochs=(15,)).drop(columns=["seed", "continuation"]),
+        frame(curves(), seeds=1, epochs=(15,)).drop(columns=["seed"]),
         frame(curves(), value=lambda curve, seed, epoch: 0 * curve),
         frame(curves(), value=lambda curve, seed, epoch: 0 * curve + 1e-16),
         frame(curves(), value=lambda curve, seed, epoch: curve * 1e8 ** (epoch / 30)),
@@ -133,7 +105,57 @@ def test_figures_render_without_a_warning(tmp_path, table):
 
 
 def test_spectra_of_both_factors_render(tmp_path):
-    _drawn(spectrum_figure(_spectra()), tmp_path / "spectra.pdf")
+    _drawn(spectrum_figure(_spectra(), {}), tmp_path / "spectra.pdf")
+
+
+WINDOWS = {
+    15: {"epoch": 15, "rank": 2, "columns": 3, "phi": [0.1, 0.1]},
+    30: {"epoch": 30, "rank": 3, "columns": 3, "phi": [0.05, 0.01]},
+}
+
+
+def test_figures_say_r_and_phi_of_each_window_and_what_the_axis_is(tmp_path):
+    figure = errors_figure(frame(curves()), METRICS[:2], WINDOWS, "title, n = 3")
+    labels = [ax.get_ylabel() for ax in figure.axes]
+    assert labels[::2] == [
+        "epoch 15, r = 2, φ = 0.1\nrelative error",
+        "epoch 30, r = 3, φ = 0.05 to 0.01\nrelative error",
+    ]
+    _drawn(figure, tmp_path / "figure.png")
+
+
+def test_spectra_show_the_damping_and_the_cuts():
+    figure = spectrum_figure(_spectra(), WINDOWS)
+    for ax in figure.axes:
+        across = [line.get_ydata()[0] for line in ax.lines if list(line.get_xdata()) == [0, 1]]
+        down = [line.get_xdata()[0] for line in ax.lines if list(line.get_ydata()) == [0, 1]]
+        assert across == [0.1, 0.05] and down == [2, 5, 3, 6]
+
+
+def test_variants_have_a_row_an_algorithm_and_a_marker_a_continuation(tmp_path):
+    figure = variants_figure(with_variants(frame(curves())), WINDOWS, "")
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert set(SEVEN) < set(names) and not any("continuation" in name for name in names)
+    sizes = [len(points.get_offsets()) for points in figure.axes[0].collections]
+    assert sizes == [len(names), len(SEVEN)]  # min, trace
+    assert "mean over epoch 30, r = 3, φ = 0.05 to 0.01" in figure.get_suptitle()
+    _drawn(figure, tmp_path / "variants.png")
+
+
+CURVES = {
+    "R-KFAC": [[0.4, 0.6, 0.8, 0.95], [0.4, 0.45, 0.6, 0.8]],
+    "B-KFAC": [[0.6, 0.8, 0.95, 0.9], [0.4, 0.6, 0.8, 0.85]],
+}
+TARGETS = (0.5, 0.7, 0.9)
+
+
+def test_the_accuracy_figure_has_a_curve_for_each_optimizer_in_both_panels():
+    epochs = epochs_of(CURVES)
+    figure = accuracy_figure(epochs, epoch_times(epochs, times_of({})), TARGETS, 25)
+    for ax, scale in zip(figure.axes, (1, 10), strict=True):
+        curve = ax.lines[1]  # b-kfac follows r-kfac, then the targets
+        assert list(np.asarray(curve.get_xdata())) == [scale * n for n in (1, 2, 3, 4)]
+        assert np.asarray(curve.get_ydata())[0] == pytest.approx(50)
 
 
 def test_an_unknown_format_is_refused(tmp_path):
@@ -164,7 +186,7 @@ def test_a_compressed_table_is_read_too(tmp_path):
     expected = table_1(errors).to_csv(index=False, float_format="%.4g")
     assert (tmp_path / "table1.csv").read_text() == expected
     markdown = (tmp_path / "table1.md").read_text()
-    assert "0.0034" in markdown and "nan" not in markdown
+    assert "| 0.34 " in markdown and "nan" not in markdown
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The drivers are the paper's (§6, §4.2, appendix D) at its own size, and keep its proportions at any other."""
+"""The drivers make the optimizers of §6 and appendix D, with Brand where the paper has it."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -7,49 +9,31 @@ from torch import nn
 from kfacerr.exceptions import InputError
 from kfacerr.process import Process
 from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
-from kfacerr.torch import KFAC
-from kfacerr.torch.seng import SENG
-from studies.drivers import (
-    DRIVERS,
-    KFAC_TABLE_1,
-    KFAC_TABLE_2,
-    PAPER_STEPS,
-    TABLE_1,
-    TABLE_2,
-    Driver,
-    find_driver,
-    update_period,
-)
-from studies.presets import OPTIMIZER_PRESETS
-from studies.training import Training, TrainingConfig
-from tests.studies.test_training import assert_same_weights, tiny_dataset
+from kfacerr.torch import KFAC, SENG
+from studies.config import OPTIMIZER_PRESETS, PAPER_STEPS, TABLE_1, TrainingConfig, table_2
+from studies.drivers import Driver, Updates, find_driver
+from studies.training import Training
+from tests.studies.helpers import assert_same_weights, tiny_dataset
+
+FAMILY = table_2(PAPER_STEPS)[1:7]
 
 
-def paper_config(driver: str) -> TrainingConfig:
-    return OPTIMIZER_PRESETS["paper"].training_config(driver, 0, "cpu")
+def paper_config(driver: str, T_updt: int = 0) -> TrainingConfig:
+    return OPTIMIZER_PRESETS["paper"].training_config(driver, 0, "cpu", T_updt=T_updt)
 
 
-def paper_optimizer(driver: str) -> torch.optim.Optimizer:
+def paper_optimizer(driver: str, T_updt: int = 0) -> torch.optim.Optimizer:
     """As the paper's run has it, on a network small enough for a test: settings know nothing of the network."""
-    return DRIVERS[driver].make_optimizer(nn.Sequential(nn.Linear(3, 2)), paper_config(driver), PAPER_STEPS)
+    config = paper_config(driver, T_updt)
+    return find_driver(driver).make_optimizer(nn.Sequential(nn.Linear(3, 2)), config, PAPER_STEPS)
 
 
-def test_the_tables_drivers_exist() -> None:
-    assert set(TABLE_2) | set(TABLE_1) <= set(DRIVERS)
-    assert set(KFAC_TABLE_2) == set(TABLE_2) - {"sgd", "adamw", "seng"}
-    assert set(KFAC_TABLE_1) >= set(TABLE_1)
-
-
-# Section 6, number by number.
-
-
-@pytest.mark.parametrize("driver", KFAC_TABLE_2)
+@pytest.mark.parametrize("driver", FAMILY)
 def test_what_the_family_shares_is_the_papers(driver: str) -> None:
     optimizer = paper_optimizer(driver)
     assert isinstance(optimizer, KFAC)
     group = optimizer.param_groups[0]
     assert (group["weight_decay"], group["momentum"], group["clip"]) == (7e-4, 0.0, 0.07)
-    assert optimizer.continuation == "min"
     for epoch, rank, oversampling, phi in (
         (0, 220, 10, 0.1),
         (14, 220, 10, 0.1),
@@ -61,105 +45,88 @@ def test_what_the_family_shares_is_the_papers(driver: str) -> None:
         (49, 230, 12, 0.01),
     ):
         hyper = optimizer.schedules.at(epoch)
-        assert (hyper.rank, hyper.oversampling, hyper.phi_lambda) == (rank, oversampling, phi)
-        assert (hyper.rho, hyper.n_pwr_it, hyper.T_updt, hyper.phi_corct) == (0.95, 4, 25, 0.5)
-    rates = [DRIVERS[driver].learning_rate(paper_config(driver), epoch) for epoch in (0, 2, 3, 13, 18, 27, 40)]
+        settings = hyper.settings
+        assert (settings.rank, settings.oversampling, hyper.phi_lambda) == (rank, oversampling, phi)
+        assert (settings.rho, settings.n_pwr_it, hyper.T_updt, settings.phi_corct) == (0.95, 4, 25, 0.5)
+        assert settings.continuation == "min"
+    rate = find_driver(driver).learning_rate
+    rates = [rate(paper_config(driver), epoch) for epoch in (0, 2, 3, 13, 18, 27, 40)]
     assert rates == pytest.approx([0.3, 0.2, 0.1, 0.03, 0.01, 0.003, 0.001])
 
 
 @pytest.mark.parametrize(
-    ("driver", "algorithm", "periods"),
-    [
-        ("k-fac", "K-FAC", {"T_inv": 250}),
-        ("r-kfac", "R-KFAC", {"T_inv": 250}),
-        ("r-kfac-short", "R-KFAC", {"T_inv": 25}),
-        ("b-kfac", "B-KFAC", {"T_inv": 250, "T_brand": 125}),
-        ("b-kfac-c", "B-KFAC-C", {"T_inv": 250, "T_brand": 125, "T_corct": 500}),
-        ("b-r-kfac", "B-R-KFAC", {"T_inv": 250, "T_brand": 25, "T_rsvd": 250}),
-        ("K-FAC T_inv=50", "K-FAC", {"T_updt": 10, "T_inv": 50}),
-        ("R-KFAC T_inv=50", "R-KFAC", {"T_updt": 10, "T_inv": 50}),
-        ("R-KFAC T_inv=10", "R-KFAC", {"T_updt": 10, "T_inv": 10}),
-        ("B-KFAC", "B-KFAC", {"T_updt": 10, "T_inv": 50, "T_brand": 10}),
-        ("B-KFAC-C", "B-KFAC-C", {"T_updt": 10, "T_inv": 50, "T_brand": 10, "T_corct": 50}),
-        ("B-R-KFAC", "B-R-KFAC", {"T_updt": 10, "T_inv": 50, "T_brand": 10, "T_rsvd": 50}),
-    ],
+    ("driver", "T_updt"), [*((name, 0) for name in FAMILY), *((name, 10) for name in TABLE_1)]
 )
-def test_periods_are_the_papers(driver: str, algorithm: str, periods: dict[str, int]) -> None:
-    optimizer = paper_optimizer(driver)
+def test_the_optimizer_has_the_periods_of_its_driver(driver: str, T_updt: int) -> None:
+    optimizer = paper_optimizer(driver, T_updt)
     assert isinstance(optimizer, KFAC)
-    assert optimizer.algorithm == algorithm
+    assert driver.split()[0] == optimizer.algorithm
     hyper = optimizer.schedules.at(0)
-    assert {name: getattr(hyper, name) for name in periods} == periods
+    periods = paper_config(driver, T_updt).periods(PAPER_STEPS)
+    assert hyper.T_updt == periods.pop("T_updt")
+    assert {name: getattr(hyper.settings, name) for name in periods} == periods
+
+
+def test_settings_in_a_name_stand() -> None:
+    optimizer = paper_optimizer("B-KFAC T_brand=50 rank=61 continuation=trace")
+    assert isinstance(optimizer, KFAC)
+    settings = optimizer.schedules.at(20).settings
+    assert (settings.T_brand, settings.rank, settings.continuation) == (50, 61, "trace")
+    assert settings.T_inv == 250
 
 
 def test_seng_is_the_supplements() -> None:
-    optimizer = paper_optimizer("seng")
+    optimizer = paper_optimizer("SENG")
     assert isinstance(optimizer, SENG)
     group = optimizer.param_groups[0]
     assert (group["damping"], group["momentum"], group["weight_decay"]) == (2.0, 0.9, 1e-2)
     assert (optimizer.update_every, optimizer.fim_col_sample_size) == (200, 128)
-    config = paper_config("seng")
-    assert DRIVERS["seng"].learning_rate(config, 0) == 0.05
-    assert DRIVERS["seng"].learning_rate(config, 30) == pytest.approx(0.05 * 0.6**6)
+    config = paper_config("SENG")
+    assert find_driver("SENG").learning_rate(config, 0) == 0.05
+    assert find_driver("SENG").learning_rate(config, 30) == pytest.approx(0.05 * 0.6**6)
 
 
-# Smaller runs.
+@pytest.mark.parametrize(
+    ("driver", "T_updt", "updates"),
+    [
+        ("SGD", 0, Updates(0, ())),
+        ("SENG", 0, Updates(0, (200,))),
+        ("K-FAC", 0, Updates(25, (250,))),
+        ("R-KFAC T_inv=25", 0, Updates(25, (25,))),
+        ("B-KFAC", 0, Updates(25, (250, 125))),
+        ("B-KFAC-C", 0, Updates(25, (250, 125, 500))),
+        ("B-R-KFAC", 0, Updates(25, (250, 25, 250))),
+        ("B-KFAC", 10, Updates(10, (50, 10))),
+    ],
+)
+def test_a_driver_says_when_it_does_what(driver: str, T_updt: int, updates: Updates) -> None:
+    assert find_driver(driver).updates(paper_config(driver, T_updt), PAPER_STEPS) == updates
+    assert updates.cycle == max(1, updates.factors, *updates.decompositions, 1)
 
 
-@pytest.mark.parametrize(("steps", "period"), [(195, 25), (156, 20), (312, 40), (44, 6), (3, 1), (1, 1)])
-def test_the_update_period_keeps_its_share_of_an_epoch(steps: int, period: int) -> None:
-    assert update_period(steps) == period
-
-
-@pytest.mark.parametrize("steps", [1, 3, 44, 156, 195, 1000])
-def test_all_periods_keep_their_ratios_exactly(steps: int) -> None:
-    u = update_period(steps)
-    scaled = KFAC_TABLE_2["b-kfac-c"].scaled(steps)
-    assert (scaled.T_updt, scaled.T_inv, scaled.T_brand, scaled.T_corct) == (u, 10 * u, 5 * u, 20 * u)
-    assert DRIVERS["b-kfac-c"].cycle(steps) == 20 * u
-    assert DRIVERS["seng"].cycle(steps) == 8 * u
-
-
-def test_table_1s_periods_are_not_scaled() -> None:
-    """The error study's presets all have T_updt = 10."""
-    optimizer = DRIVERS["B-KFAC"].make_optimizer(nn.Sequential(nn.Linear(3, 2)), paper_config("B-KFAC"), 44)
-    assert isinstance(optimizer, KFAC)
-    assert optimizer.schedules.at(0).T_updt == 10
-
-
-def test_schedules_are_read_at_the_papers_epoch_and_ranks_are_scaled() -> None:
-    config = TrainingConfig(32, 10, driver="r-kfac", learning_rate=0.1, rank_scale=1 / 8, schedule_epochs=10)
-    assert [config.paper_epoch(epoch) for epoch in (0, 3, 9)] == [0, 15, 45]
-    assert DRIVERS["r-kfac"].learning_rate(config, 3) == pytest.approx(0.03 / 3)
-    optimizer = DRIVERS["r-kfac"].make_optimizer(nn.Sequential(nn.Linear(3, 2)), config, 44)
-    assert isinstance(optimizer, KFAC)
-    assert [optimizer.schedules.at(epoch).rank for epoch in (0, 3)] == [28, 29]
-
-
-def test_learning_rates_scale_with_the_root_of_the_batch() -> None:
-    preset = OPTIMIZER_PRESETS["cifar10-small"]
-    assert preset.training_config("sgd", 0, "cpu").learning_rate == pytest.approx(0.1 / 2)
-    assert preset.training_config("k-fac", 0, "cpu").learning_rate == pytest.approx(0.3 / 2)
-    assert preset.training_config("adamw", 0, "cpu").learning_rate == 1e-3
+def test_a_driver_of_ones_own_has_defaults() -> None:
+    own = Driver(lambda model, *_: torch.optim.Adam(model.parameters()), lambda *_: 0.1)
+    assert own.updates(TrainingConfig(8, 1), 195) == Updates() and Updates().cycle == 1
 
 
 # On the paper's network, small.
 
 
 def small_training(driver: str, **settings: object) -> Training:
-    own = dict(find_driver(driver).settings)
-    options = {"batch_size": 8, "epochs": 4, "width": 1 / 16, "rank_scale": 1 / 40, "device": "cpu"}
-    return Training(TrainingConfig(**(options | own | settings), driver=driver), tiny_dataset())  # type: ignore[arg-type]
+    options = {"width": 1 / 16, "rank_scale": 1 / 40, "batch_size": 8, "epochs": 4}
+    preset = dataclasses.replace(OPTIMIZER_PRESETS["digits"], **options)
+    config = dataclasses.replace(preset.training_config(driver, 0, "cpu"), **settings)  # type: ignore[arg-type]
+    return Training(config, tiny_dataset())
 
 
 @pytest.mark.parametrize(
     ("driver", "on_fc0"),
     [
-        ("k-fac", Evd),
-        ("r-kfac", Rsvd),
-        ("b-kfac", Brand),
-        ("b-kfac-c", BrandCorrected),
-        ("b-r-kfac", BrandRsvd),
+        ("K-FAC", Evd),
+        ("R-KFAC", Rsvd),
+        ("B-KFAC", Brand),
+        ("B-KFAC-C", BrandCorrected),
+        ("B-R-KFAC", BrandRsvd),
     ],
 )
 def test_brand_is_on_the_first_fc_layer_and_rsvd_elsewhere(driver: str, on_fc0: type[Process]) -> None:
@@ -167,22 +134,23 @@ def test_brand_is_on_the_first_fc_layer_and_rsvd_elsewhere(driver: str, on_fc0: 
     training.step()
     optimizer = training.optimizer
     assert isinstance(optimizer, KFAC)
-    others = Evd if driver == "k-fac" else Rsvd
+    others = Evd if driver == "K-FAC" else Rsvd
     for name, layer in optimizer.layers.items():
         for factor in layer.factors.values():
-            assert type(factor.process) is (on_fc0 if name == "fc0" else others)
+            (process,) = factor.processes.values()
+            assert type(process) is (on_fc0 if name == "fc0" else others)
     assert len(optimizer.layers) == 15  # 13 convolutions, 2 FC layers
 
 
 def test_equal_rank_gives_r_kfac_the_rank_of_the_brand_variants_on_the_first_fc_layer() -> None:
-    optimizer = small_training("r-kfac", equal_rank=True).optimizer
+    optimizer = small_training("R-KFAC", equal_rank=True).optimizer
     assert isinstance(optimizer, KFAC)
     assert optimizer.policy == {"fc0": f"R-KFAC rank={round(220 / 40) + 8}"}
-    brand = small_training("b-kfac", equal_rank=True).optimizer
+    brand = small_training("B-KFAC", equal_rank=True).optimizer
     assert isinstance(brand, KFAC) and not brand.policy
 
 
-@pytest.mark.parametrize("driver", ["adamw", "seng", "b-kfac-c", "b-r-kfac"])
+@pytest.mark.parametrize("driver", ["AdamW", "SENG", "B-KFAC-C", "B-R-KFAC"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(driver: str) -> None:
     whole, first, second = (small_training(driver) for _ in range(3))
     for _ in range(5):
@@ -195,20 +163,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(driver: str) -> None:
     assert_same_weights(whole, second)
 
 
-def test_a_checkpoint_from_before_a_setting_existed_is_of_its_default() -> None:
-    first, second, other = small_training("sgd"), small_training("sgd"), small_training("sgd", rank_scale=0.5)
-    state = first.state_dict()
-    del state["identity"]["continuation"]
-    second.load_state_dict(state)
+def test_a_checkpoint_of_another_rank_is_refused() -> None:
+    state = small_training("SGD").state_dict()
     with pytest.raises(InputError, match=r"a run with rank_scale = 0\.025, not 0\.5"):
-        other.load_state_dict(state)
-
-
-def test_an_unknown_driver_is_named_among_those_there_are() -> None:
-    with pytest.raises(InputError, match=r"no driver is called 'adam'; there are: .*adamw, b-kfac"):
-        find_driver("adam")
-
-
-def test_a_driver_of_ones_own_has_defaults() -> None:
-    own = Driver(lambda model, *_: torch.optim.Adam(model.parameters()), lambda *_: 0.1)
-    assert dict(own.settings) == {} and own.cycle(195) == 250
+        small_training("SGD", rank_scale=0.5).load_state_dict(state)

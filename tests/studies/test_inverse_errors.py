@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from kfacerr import cli
-from kfacerr.algorithms import SEVEN
+from kfacerr.algorithms import SEVEN, Algorithm
 from kfacerr.metrics import METRICS
 from kfacerr.recording import Recording
-from studies import inverse_errors, running
+from studies import inverse_errors, jobs, seed_run
+from studies.config import PRESETS, Preset, continued
 from studies.drivers import DRIVERS
-from studies.presets import PRESETS, Preset
-from studies.running import Stop
+from studies.jobs import Stop
+from studies.seed_run import SeedRun
+from tests.studies.helpers import refused
 
 TINY = Preset(
     name="tiny",
@@ -30,7 +32,7 @@ TINY = Preset(
     batch_size=8,
     window_epochs=(1, 4),
     seeds=(0, 1),
-    driver="sgd",
+    driver="SGD",
     T_updt=5,
     window_length=20,
     rank_scale=1 / 16,
@@ -40,7 +42,7 @@ WINDOWS = {1: range(10, 30), 4: range(40, 60)}
 RESULTS = {
     *("errors.csv", "variants.csv", "spectra.csv", "training.csv", "config.json", "environment.json"),
     *("figure1.pdf", "figure1.png", "figure2.pdf", "figure2.png", "spectra.pdf", "spectra.png"),
-    *("variants.pdf", "variants.png", "taken.csv"),
+    *("variants.pdf", "variants.png", "overhead.csv"),
     *("table1.md", "table1.csv", "claims.md"),
 }
 
@@ -48,7 +50,7 @@ RESULTS = {
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     monkeypatch.setitem(PRESETS, "tiny", TINY)
-    monkeypatch.setattr(inverse_errors, "render", lambda _: None)  # takes seconds; `whole` shows it
+    monkeypatch.setattr("figures.render.render", lambda _: None)  # takes seconds; `whole` shows it
 
 
 @pytest.fixture(scope="module")
@@ -66,23 +68,15 @@ def _study(out, *options) -> int:
 
 
 def _fails(capsys, out, *options) -> str:
-    """The one line on stderr of a study that exits with status 2."""
-    capsys.readouterr()
-    try:
-        status = _study(out, *options)
-    except SystemExit as stop:  # argparse's way
-        status = stop.code
-    line = capsys.readouterr().err
-    assert status == 2
-    assert line.count("\n") == 1 and line.endswith("\n")
-    return line
+    fixed = ["--preset", "tiny", "--out", out, "--device", "cpu"]
+    return refused(capsys, inverse_errors.main, *fixed, *options)
 
 
 # ---------------------------------------------------------------------------------------- what it leaves
 
 
 def test_the_results_of_the_contract_are_there(whole):
-    there = {path.name for path in whole.iterdir()}
+    there = {path.name for path in whole.iterdir()} - {f".recording-seed-{seed}.h5.lock" for seed in TINY.seeds}
     assert there == RESULTS | {"state", "recording-seed-0.h5", "recording-seed-1.h5"}
     assert all((whole / name).stat().st_size > 0 for name in RESULTS)
     errors = pd.read_csv(whole / "errors.csv")
@@ -93,6 +87,8 @@ def test_the_results_of_the_contract_are_there(whole):
     claims = (whole / "claims.md").read_text()
     assert claims.startswith("# The paper's claims on digits, 2 seeds\n\nFC layer 256-32, n = 8, r = 14.\n")
     assert config["setting"] == "FC layer 256-32, n = 8, r = 14"
+    window = {"epoch": 4, "start": 40, "rank": RANK, "columns": 8, "phi": [0.1, 0.1]}
+    assert config["windows"] == [window | {"epoch": 1, "start": 10}, window]
     assert all(f"## C{i}." in claims for i in range(1, 8))
     assert all(name in (whole / "table1.md").read_text() for name in SEVEN)
 
@@ -112,18 +108,12 @@ def test_every_algorithm_metric_iteration_and_seed_has_a_row(whole):
     assert got == expected
     assert np.isfinite(errors.value).all() and (errors.value >= 0).all()
     variants = pd.read_csv(whole / "variants.csv")
-    assert set(variants.continuation) == {"min", "trace", "none"}
     equal_rank = f" rank={RANK + TINY.batch_size}"
     at_equal_rank = {name + equal_rank for name in SEVEN if name.startswith("R-KFAC")}
-    assert set(variants.algorithm) == {*SEVEN, *at_equal_rank, *TINY.beyond}
-
-
-def test_decompositions_are_counted_by_window(whole):
-    taken = pd.read_csv(whole / "taken.csv").set_index(["algorithm", "epoch", "seed", "factor"]).taken
-    for key in ((epoch, seed, factor) for epoch in WINDOWS for seed in TINY.seeds for factor in "AG"):
-        assert taken["R-KFAC T_inv=10", *key] == 2  # of 20 iterations
-        assert taken["K-FAC T_inv=50", *key] == taken["B-R-KFAC", *key] == 1
-        assert taken["B-KFAC", *key] == 0
+    bases = [Algorithm.parse(name) for name in (*SEVEN, *at_equal_rank, "FD")]
+    named = {str(algorithm) for algorithm in continued(bases, ("min", "trace", "none"))}
+    assert set(variants.algorithm) == named - set(SEVEN)
+    assert not variants.duplicated(["algorithm", "k", "metric", "seed"]).any()
 
 
 def test_spectra_of_both_factors_at_every_windows_start_are_kept(whole):
@@ -181,8 +171,8 @@ def test_resuming_a_finished_study_changes_nothing(whole, capsys):
 
 def test_a_time_limit_stops_every_seed_and_leaves_a_resumable_state(whole, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
-    advance, stops = inverse_errors.SeedRun.advance, []
-    monkeypatch.setattr(running, "Stop", lambda *a: stops.append(Stop(*a)) or stops[-1])
+    advance, stops = SeedRun.advance, []
+    monkeypatch.setattr(jobs, "Stop", lambda *a: stops.append(Stop(*a)) or stops[-1])
 
     def timed(self):
         advance(self)
@@ -190,7 +180,7 @@ def test_a_time_limit_stops_every_seed_and_leaves_a_resumable_state(whole, tmp_p
             stops[-1].deadline = 0.0  # passed
 
     with monkeypatch.context() as patch:
-        patch.setattr(inverse_errors.SeedRun, "advance", timed)
+        patch.setattr(SeedRun, "advance", timed)
         assert _study(out, "--time-limit", 3600) == 0
     assert "stopped at the time limit" in capsys.readouterr().err
     assert sorted(set(pd.read_csv(out / "errors.csv").k)) == [10, 11]
@@ -207,18 +197,20 @@ def test_a_signal_leaves_a_resumable_state_and_exit_status_130(whole, tmp_path):
     out = tmp_path / "out"
     program = f"""
 import os, signal, sys
+from figures import render
 from studies import inverse_errors
-from studies.presets import PRESETS, Preset
+from studies.config import PRESETS, Preset
+from studies.seed_run import SeedRun
 PRESETS["tiny"] = {TINY!r}
-inverse_errors.render = lambda _: None
-advance = inverse_errors.SeedRun.advance
+render.render = lambda _: None
+advance = SeedRun.advance
 
 def signalled(self):
     if self.training.k == 15:
         os.kill(os.getpid(), signal.SIGINT)
     advance(self)
 
-inverse_errors.SeedRun.advance = signalled
+SeedRun.advance = signalled
 sys.exit(inverse_errors.main(["--preset", "tiny", "--out", {str(out)!r}, "--device", "cpu"]))
 """
     done = subprocess.run(
@@ -233,32 +225,11 @@ sys.exit(inverse_errors.main(["--preset", "tiny", "--out", {str(out)!r}, "--devi
     assert (out / "errors.csv").read_bytes() == (whole / "errors.csv").read_bytes()
 
 
-def test_a_signal_that_reached_another_process_stops_this_one_too(tmp_path):
-    ours, theirs = (Stop(tmp_path / "state" / "stopped", None, None) for _ in range(2))
-    ours.POLL_SECONDS = 0
-    with ours.listening():
-        assert not ours()
-        with theirs.listening():
-            signal.raise_signal(signal.SIGINT)
-        assert theirs() and ours()
-    assert not Stop(tmp_path / "state" / "stopped", None, None)()  # a new run forgets it
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_first_signal_lets_the_iteration_finish_and_a_second_one_does_not_wait(tmp_path, number):
-    stop = Stop(tmp_path / "stopped", None, None)
-    with stop.listening():
-        signal.raise_signal(number)
-        assert stop() and stop.reason == "by a signal"
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
-
-
 def test_an_impatient_user_gets_status_130_and_no_traceback(tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running, "load_dataset", interrupted)
+    monkeypatch.setattr(jobs, "load_dataset", interrupted)
     assert _study(tmp_path / "out") == 130
     assert capsys.readouterr().err == "inverse_errors: interrupted\n"
 
@@ -300,7 +271,7 @@ def test_resume_with_another_configuration_is_refused(whole, capsys, monkeypatch
         (("--time-limit", "-1"), "--time-limit must be at least 0, got -1.0"),
         (("--time-limit", "nan"), "--time-limit must be at least 0, got nan"),
         (("--step-limit", "-1"), "--step-limit must be at least 0, got -1"),
-        (("--driver", "adam"), "no driver is called 'adam'; there are: "),
+        (("--driver", "adam"), "no driver is called 'adam': it is none of "),
         (("--device", "tpu9"), "'tpu9' is not the name of a device"),
         (("--preset", "huge"), "argument --preset: invalid choice: 'huge'"),
         (("--step-limit", "ten"), "argument --step-limit: invalid int value: 'ten'"),
@@ -347,9 +318,9 @@ def test_a_corrupt_configuration_is_named(tmp_path, capsys):
 
 def test_training_that_diverges_leaves_what_was_computed(tmp_path, capsys, monkeypatch):
     blows_up = dataclasses.replace(
-        DRIVERS["sgd"], learning_rate=lambda config, epoch: 1e30 if epoch >= 2 else 0.02
+        DRIVERS["SGD"], learning_rate=lambda config, epoch: 1e30 if epoch >= 2 else 0.02
     )
-    monkeypatch.setitem(DRIVERS, "sgd", blows_up)
+    monkeypatch.setitem(DRIVERS, "SGD", blows_up)
     out = tmp_path / "out"
     line = _fails(capsys, out, "--seed", 0)
     assert line.startswith("inverse_errors: seed 0: iteration 21: ")
@@ -358,8 +329,8 @@ def test_training_that_diverges_leaves_what_was_computed(tmp_path, capsys, monke
 
 
 def test_training_that_diverges_before_the_window_is_reported(tmp_path, capsys, monkeypatch):
-    blows_up = dataclasses.replace(DRIVERS["sgd"], learning_rate=lambda config, epoch: 1e30)
-    monkeypatch.setitem(DRIVERS, "sgd", blows_up)
+    blows_up = dataclasses.replace(DRIVERS["SGD"], learning_rate=lambda config, epoch: 1e30)
+    monkeypatch.setitem(DRIVERS, "SGD", blows_up)
     line = _fails(capsys, tmp_path / "out", "--seed", 0)
     assert line.startswith("inverse_errors: seed 0: ")
     assert "iteration" in line
@@ -429,8 +400,9 @@ def test_monitoring_measures_every_update_of_the_training(monitored):
     rows = pd.read_csv(monitored / "monitor.csv")
     errors = rows[rows.metric.isin(METRICS)]
     assert set(errors.k) == set(range(0, 60, TINY.T_updt))
-    assert set(errors.algorithm) == {*SEVEN, "B-R-KFAC adaptive=1.2", "FD"}
-    assert (errors.groupby(["algorithm", "k", "continuation"]).size() == len(METRICS)).all()
+    names = continued([Algorithm.parse(name) for name in (*SEVEN, "FD")], ("min", "trace"))
+    assert set(errors.algorithm) == set(map(str, names))
+    assert (errors.groupby(["algorithm", "k"]).size() == len(METRICS)).all()
     assert np.isfinite(errors.value).all()
     assert {"monitor.png", "monitor.pdf", "spectrum.csv", "overhead.csv"} <= {p.name for p in monitored.iterdir()}
     assert (pd.read_csv(monitored / "overhead.csv")[["training", "measurement"]] > 0).all(axis=None)
@@ -438,7 +410,7 @@ def test_monitoring_measures_every_update_of_the_training(monitored):
 
 def test_certified_bounds_are_never_below_the_monitored_errors(monitored):
     rows = pd.read_csv(monitored / "monitor.csv")
-    table = rows.pivot_table(index=["algorithm", "k", "continuation"], columns="metric", values="value")
+    table = rows.pivot_table(index=["algorithm", "k"], columns="metric", values="value")
     for side in "AG":
         pairs = table[[f"inverse_{side}", f"certified_{side}"]].dropna()
         assert {"B-KFAC", "B-R-KFAC", "FD"} <= set(pairs.index.get_level_values("algorithm"))
@@ -467,7 +439,7 @@ SHRUNK = dataclasses.replace(
     conv_width=1 / 128,
     batch_size=8,
     window_epochs=(1, 4),
-    driver="sgd",
+    driver="SGD",
     T_updt=5,
     window_length=20,
     rank_scale=1 / 16,
@@ -480,58 +452,36 @@ def test_a_killed_run_of_the_papers_layer_goes_on_to_the_same_rows(tmp_path, mon
     assert inverse_errors.main([*options, str(tmp_path / "whole")]) == 0
     program = f"""
 import os, signal, sys
-from studies import inverse_errors, running
-from studies.presets import PRESETS, Preset
+from studies import inverse_errors, jobs
+from studies.config import PRESETS, Preset
 PRESETS["shrunk"] = {SHRUNK!r}
-running.CHECKPOINT_SECONDS = -1  # after every iteration
-save = running.save_checkpoint
+jobs.CHECKPOINT_SECONDS = -1  # after every iteration
+save = jobs.save_checkpoint
 
 def killed(path, state):
     if state["training"]["k"] == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
     save(path, state)
 
-running.save_checkpoint = killed
+jobs.save_checkpoint = killed
 sys.exit(inverse_errors.main([*{options!r}, {str(tmp_path / "killed")!r}, *sys.argv[2:]]))
 """
     for k, resume in ((13, ()), (18, ("--resume",)), (45, ("--resume",))):
         command = [sys.executable, "-c", program, str(k), *resume]
         assert subprocess.run(command, capture_output=True, check=False, timeout=120).returncode == -signal.SIGKILL
     assert inverse_errors.main([*options, str(tmp_path / "killed"), "--resume"]) == 0
-    for name in ("errors.csv", "variants.csv", "spectra.csv", "training.csv", "taken.csv"):
+    for name in ("errors.csv", "variants.csv", "spectra.csv", "training.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    rank = f" rank={RANK + SHRUNK.batch_size}"
+    bases = [Algorithm.parse(name) for name in (*SEVEN, *(name + rank for name in SHRUNK.equal_rank))]
     measured = pd.read_csv(tmp_path / "whole" / "variants.csv")
-    assert set(measured.continuation) == {"min", "trace"}
-    at_equal_rank = {f"{name} rank={RANK + SHRUNK.batch_size}" for name in SHRUNK.equal_rank}
-    assert set(measured.algorithm) == {*SEVEN, *at_equal_rank}
+    assert set(measured.algorithm) == {str(a) for a in continued(bases, ("min", "trace"))} - set(SEVEN)
 
 
-def test_the_papers_layer_has_the_papers_sizes():
-    preset = PRESETS["paper-layer"]
-    assert preset.setting == PRESETS["paper"].setting == "FC layer 16384-2048, n = 256, r = 230"
-    assert [preset.rank(epoch) for epoch in (0, 14, 15, 30)] == [220, 220, 230, 230]
-    assert preset.windows(195) == PRESETS["paper"].windows(195) == [(2930, 300, 15), (5850, 300, 30)]
-    assert preset.algorithms == [*SEVEN, "R-KFAC T_inv=50 rank=486", "R-KFAC T_inv=300 rank=486"]
-
-
-def test_a_study_begun_before_a_setting_existed_goes_on_if_that_has_its_default(tmp_path, capsys):
-    assert _study(tmp_path, "--time-limit", 0) == 0
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    for key in ("beyond", "continuations", "conv_width", "setting"):
-        del config[key]
-    path.write_text(json.dumps(config))
-    assert _study(tmp_path, "--time-limit", 0, "--resume") == 0
-    path.write_text(json.dumps(config | {"beyond": []}))
-    assert "beyond is [] there and ['B-R-KFAC adaptive=1.2', 'FD'] here" in _fails(capsys, tmp_path, "--resume")
-
-
-def test_a_log_says_where_a_run_is_and_what_it_will_take(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(PRESETS, "shrunk", SHRUNK)
-    monkeypatch.setattr(running, "PROGRESS_SECONDS", -1)
-    monkeypatch.setattr(inverse_errors, "MUCH", 0)
-    options = ["--preset", "shrunk", "--device", "cpu", "--step-limit", "3", "--out", str(tmp_path)]
-    assert inverse_errors.main(options) == 0
+def test_a_log_says_what_a_costly_window_will_take(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jobs, "PROGRESS_SECONDS", -1)
+    monkeypatch.setattr(seed_run, "MUCH", 0)
+    assert _study(tmp_path, "--seed", 0, "--step-limit", 3) == 0
     first, *lines, _ = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
         r"seed 0: factors of order 257 and 32; products run at \d+ GFLOP/s here and a Cholesky inverse at \d+, so "
@@ -541,3 +491,14 @@ def test_a_log_says_where_a_run_is_and_what_it_will_take(tmp_path, monkeypatch, 
     assert [re.fullmatch(r"seed 0: iteration (\d) of 60, 00:\d\d so far, 0.:\d\d left", x)[1] for x in lines] == [
         *"123"
     ]
+
+
+def test_a_finished_study_says_what_was_found_in_five_lines(whole, capsys):
+    assert _study(whole, "--resume") == 0
+    table, _, found = capsys.readouterr().out.partition("\nClaims")
+    lines = ("Claims" + found).splitlines()
+    assert len(lines) == 5
+    for line, variant in zip(lines, ("paper's settings", "equal rank", "`trace` continuation"), strict=False):
+        assert line == f"Claims, {variant}, not measured."  # windows of 20 iterations are too short to judge
+    assert str(whole) in lines[4]
+    assert max(map(len, table.splitlines())) <= 100

@@ -1,10 +1,6 @@
-"""A training run is a function of its configuration: repeatable, resumable, and leaves its files whole."""
+"""A training run is a function of its configuration: repeatable, and resumable to the same bits."""
 
-import json
 import math
-import os
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,60 +9,11 @@ import torch
 from torch import Tensor
 
 from kfacerr.exceptions import InputError
-from kfacerr.files import write_atomically, write_text
-from studies import schedules
-from studies.data import Dataset
-from studies.files import environment, load_checkpoint, save_checkpoint
-from studies.training import (
-    PADDING,
-    Driver,
-    Purpose,
-    Training,
-    TrainingConfig,
-    crop_and_mirror,
-    derived_seed,
-    find_driver,
-    select_device,
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from threads, and parallel test workers fight over the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def tiny_dataset(n_train: int = 27, mirrored: bool = True) -> Dataset:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (n_train + 10, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(n_train + 10) % 10
-    return Dataset(
-        "tiny",
-        images[:n_train],
-        labels[:n_train],
-        images[n_train:],
-        labels[n_train:],
-        tuple("0123456789"),
-        mirrored,
-    )
-
-
-def tiny_training(dataset: Dataset | None = None, **settings: Any) -> Training:
-    """Three steps an epoch; of 27 images, the last three of each epoch's permutation are dropped."""
-    options = {"batch_size": 8, "epochs": 4, "width": 1 / 32, "device": "cpu"} | settings
-    return Training(TrainingConfig(**options), dataset or tiny_dataset())
-
-
-def weights(training: Training) -> list[Tensor]:
-    return [value.clone() for value in training.model.state_dict().values()]
-
-
-def assert_same_weights(one: Training, other: Training) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
-
+from studies.config import TrainingConfig, cosine_learning_rate
+from studies.drivers import Driver
+from studies.jobs import load_checkpoint, save_checkpoint
+from studies.training import PADDING, Purpose, Training, crop_and_mirror, derived_seed
+from tests.studies.helpers import assert_same_weights, tiny_dataset, tiny_training, weights
 
 # The run.
 
@@ -143,7 +90,7 @@ def test_a_step_trains_on_the_batch_of_its_iteration_with_the_rate_of_its_epoch(
         with torch.no_grad():
             expected = torch.nn.functional.cross_entropy(training.model(images), labels)
         assert torch.equal(training.step(), expected)
-        rate = schedules.cosine_learning_rate(k // 3, 4, 0.1)
+        rate = cosine_learning_rate(k // 3, 4, 0.1)
         assert training.optimizer.param_groups[0]["lr"] == rate
     assert (training.k, training.epoch) == (5, 1)
 
@@ -264,10 +211,7 @@ def test_a_run_ends_after_its_last_epoch() -> None:
     ("settings", "message"),
     [
         ({"batch_size": 28}, "27 train images do not fill a batch of 28"),
-        ({"batch_size": 0}, "batch_size must be positive"),
-        ({"width": math.nan}, "width must be positive"),
-        ({"seed": -1}, "seed must not be negative"),
-        ({"driver": "adam"}, "no driver is called 'adam'; there are: .*sgd"),
+        ({"driver": "adam"}, "no driver is called 'adam': it is none of .*SGD"),
         ({"device": "gpu"}, "'gpu' is not the name of a device"),
         ({"device": "cuda:99"}, "device 'cuda:99' is asked for, but there are"),
     ],
@@ -277,10 +221,6 @@ def test_a_wrong_setting_is_refused(settings: dict[str, Any], message: str) -> N
         tiny_training(**settings)
 
 
-def test_auto_selects_a_gpu_where_there_is_one() -> None:
-    assert select_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def test_a_driver_of_ones_own_takes_the_place_of_the_named_one() -> None:
     own = Driver(lambda model, *_: torch.optim.Adam(model.parameters()), lambda _, epoch: 0.5**epoch)
     training = Training(TrainingConfig(8, 4, width=1 / 32, device="cpu"), tiny_dataset(), own)
@@ -288,110 +228,3 @@ def test_a_driver_of_ones_own_takes_the_place_of_the_named_one() -> None:
         training.step()
     assert isinstance(training.optimizer, torch.optim.Adam)
     assert training.optimizer.param_groups[0]["lr"] == 0.5
-    assert find_driver("sgd") is not own
-
-
-# Schedules (§6).
-
-
-@pytest.mark.parametrize(
-    ("epoch", "rate"),
-    [
-        *((0, 0.3), (1, 0.3), (2, 0.2), (3, 0.1), (12, 0.1), (13, 0.03), (17, 0.03)),
-        *((18, 0.01), (26, 0.01), (27, 0.003), (39, 0.003), (40, 0.001), (49, 0.001)),
-    ],
-)
-def test_the_papers_learning_rate_drops_at_its_epochs(epoch: int, rate: float) -> None:
-    assert schedules.paper_learning_rate(epoch) == rate
-
-
-@pytest.mark.parametrize(("epoch", "phi"), [(0, 0.1), (24, 0.1), (25, 0.05), (34, 0.05), (35, 0.01)])
-def test_the_papers_damping_ratio_drops_at_its_epochs(epoch: int, phi: float) -> None:
-    assert schedules.paper_phi(epoch) == phi
-
-
-@pytest.mark.parametrize(
-    ("epoch", "rank", "oversampling"),
-    [(0, 220, 10), (14, 220, 10), (15, 230, 10), (21, 230, 10), (22, 230, 11), (29, 230, 11), (30, 230, 12)],
-)
-def test_the_papers_rank_and_oversampling_grow_at_their_epochs(epoch: int, rank: int, oversampling: int) -> None:
-    assert (schedules.paper_rank(epoch), schedules.paper_oversampling(epoch)) == (rank, oversampling)
-
-
-def test_the_cosine_starts_at_its_peak_halves_midway_and_ends_at_0() -> None:
-    rates = [schedules.cosine_learning_rate(epoch, 10, 0.4) for epoch in (0, 5, 10)]
-    assert rates == pytest.approx([0.4, 0.2, 0.0], abs=1e-15)
-
-
-# Files.
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
-    def fails(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-
-    path = tmp_path / "new" / "errors.csv"
-    write_text(path, "old")
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, fails)
-    assert path.read_text() == "old"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_the_temporary_file_keeps_the_suffix_and_stands_beside_the_file(tmp_path: Path) -> None:
-    seen: list[Path] = []
-    write_atomically(tmp_path / "figure.pdf", lambda path: (seen.append(path), path.touch()))
-    assert (seen[0].suffix, seen[0].parent) == (".pdf", tmp_path)
-
-
-def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"file/config\.json: cannot be written"):
-        write_text(tmp_path / "file" / "config.json", "{}")
-
-
-def test_checkpoints_come_back_as_they_were_saved(tmp_path: Path) -> None:
-    state = {"k": 3, "name": "x", "tensors": [torch.eye(2)], "none": None}
-    save_checkpoint(tmp_path / "run.pt", state)
-    loaded = load_checkpoint(tmp_path / "run.pt")
-    assert torch.equal(loaded.pop("tensors")[0], torch.eye(2))
-    assert loaded == {"k": 3, "name": "x", "none": None}
-
-
-def test_a_missing_truncated_or_foreign_checkpoint_is_refused_and_named(tmp_path: Path) -> None:
-    path = tmp_path / "run.pt"
-    with pytest.raises(InputError, match=r"run\.pt: no such checkpoint"):
-        load_checkpoint(path)
-    save_checkpoint(path, {"weights": torch.ones(1000)})
-    whole = path.read_bytes()
-    for content in (whole[:-500], b"", b"text\n"):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=r"run\.pt: not a readable checkpoint"):
-            load_checkpoint(path)
-    torch.save({"k": 1}, path)
-    with pytest.raises(InputError, match=r"run\.pt: not a checkpoint of this version"):
-        load_checkpoint(path)
-
-
-def test_a_checkpoint_that_would_run_something_is_refused_and_runs_nothing(tmp_path: Path) -> None:
-    class Malicious:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.mkdir, (str(tmp_path / "executed"),)
-
-    torch.save({"format": "kfacerr-checkpoint", "version": 1, "state": Malicious()}, tmp_path / "run.pt")
-    with pytest.raises(InputError, match="not a readable checkpoint"):
-        load_checkpoint(tmp_path / "run.pt")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_the_environment_is_json_and_names_versions_but_no_folders(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "inverse_errors.py"), f"--data={tmp_path}", "--seed", "3"])
-    record = environment()
-    assert json.loads(json.dumps(record)) == record
-    assert record["command"] == ["inverse_errors.py", f"--data={tmp_path.name}", "--seed", "3"]
-    assert record["versions"]["torch"] == torch.__version__
-    assert record["cpu"]
-    assert str(tmp_path) not in json.dumps(record)

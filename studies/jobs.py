@@ -1,4 +1,11 @@
-"""What studies share: their output folder, stopping and resuming, and the jobs that run side by side."""
+"""The jobs of a study, which run side by side, can be stopped at any iteration, and are resumed; and their folder.
+
+joblib runs them. `--jobs J` asks for J processes on this machine. Without it they go to the backend that the
+caller has set, such as Ray or Dask on a cluster whose workers see DIR, and else run one after the other:
+
+    with joblib.parallel_config("ray"):
+        studies.optimizers.main(["--preset", "paper", "--out", "DIR"])
+"""
 
 import argparse
 import dataclasses
@@ -11,18 +18,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import joblib
-import pandas as pd
 import torch
 from tqdm import tqdm
 
+from kfacerr.command import check_at_least
 from kfacerr.exceptions import InputError
 from kfacerr.files import write_atomically, write_text
-from studies.data import Dataset, load_cifar10, load_digits_rgb
-from studies.files import environment, load_checkpoint, save_checkpoint
-from studies.training import select_device
+from studies.data import Dataset, load_dataset
+from studies.environment import environment, select_device
 
 __all__ = [
     "SIGNAL",
@@ -33,19 +39,16 @@ __all__ = [
     "add_job_arguments",
     "advance",
     "begin",
-    "check_at_least",
-    "check_jobs",
-    "command",
     "in_parallel",
-    "load_dataset",
+    "load_checkpoint",
     "open_output",
     "run_job",
+    "save_checkpoint",
+    "slug",
     "verdict",
-    "with_seeds",
-    "write_csv",
 ]
 
-T = TypeVar("T")
+Preset = TypeVar("Preset")
 
 CHECKPOINT_SECONDS = 300
 PROGRESS_SECONDS = 120
@@ -56,50 +59,57 @@ STEP_LIMIT = "at the step limit"
 # ------------------------------------------------------------------------------------------- output folder
 
 
-def write_csv(path: Path, frame: pd.DataFrame) -> None:
-    write_atomically(path, lambda temporary: frame.to_csv(temporary, index=False, float_format="%.8g"))
-
-
-def open_output(
-    out: Path, config: dict[str, Any], resume: bool, *, defaults: dict[str, Any] | None = None, setting: str = ""
-) -> None:
+def open_output(out: Path, config: dict[str, Any], resume: bool) -> None:
     """Makes DIR, or checks that what is there belongs to the same study.
-
-    Args:
-        out: DIR.
-        config: what identifies the study.
-        resume: whether DIR may hold it already.
-        defaults: of settings that a study may have been begun without, because they did not exist yet.
-        setting: one line of what config.json also says, for figures and claims.
 
     Raises:
         InputError: DIR holds a study already (without resume), or another one (with it).
     """
     path = out / "config.json"
-    if path.exists():
-        if not resume:
-            raise InputError(f"{out} holds a study already: continue it with --resume or name another --out")
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not readable as a study's configuration: {error}") from None
-        for key, value in config.items():
-            # A switch that did not exist yet was off.
-            if there.get(key, (defaults or {}).get(key, False if value is False else None)) != value:
-                raise InputError(f"{path}: {key} is {there.get(key)} there and {value} here")
-    else:
-        said = {"setting": setting} if setting else {}
-        write_text(path, json.dumps(config | said, indent=2) + "\n")
+    if not path.exists():
+        write_text(path, json.dumps(config, indent=2) + "\n")
         write_text(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        return
+    if not resume:
+        raise InputError(f"{out} holds a study already: continue it with --resume or name another --out")
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as a study's configuration: {error}") from None
+    for key, value in config.items():
+        if there.get(key) != value:
+            raise InputError(f"{path}: {key} is {there.get(key)} there and {value} here")
 
 
-def load_dataset(
-    name: str, folder: Path | None, *, accept_modified: bool, n_train: int | None, n_test: int | None = None
-) -> Dataset:
-    """ "digits" or "cifar10", the first `n_train` train and `n_test` test images of it (None: all)."""
-    digits = name == "digits"
-    dataset = load_digits_rgb() if digits else load_cifar10(folder, accept_modified=accept_modified)
-    return dataset.subset(n_train, n_test)
+def slug(*names: object) -> str:
+    """Names as one part of a file's: "R-KFAC T_inv=50", 3 -> "r-kfac-t_inv50-3"."""
+    return "-".join(str(name).lower().replace(" ", "-").replace("=", "") for name in names)
+
+
+_CHECKPOINT = {"format": "kfacerr-checkpoint", "version": 1}
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Save tensors, numbers, strings and containers of them, atomically."""
+    write_atomically(path, lambda temporary: torch.save({**_CHECKPOINT, "state": state}, temporary))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` saved, with its tensors on the CPU. Executes nothing in the file.
+
+    Raises:
+        InputError: there is no such file, or it is cut short, corrupt or not a checkpoint of ours.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and torch each raise their own kinds on a bad file
+        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+    if not isinstance(content, dict) or {key: content.get(key) for key in _CHECKPOINT} != _CHECKPOINT:
+        raise InputError(f"{path}: not a checkpoint of this version of kfacerr")
+    state: dict[str, Any] = content["state"]
+    return state
 
 
 # -------------------------------------------------------------------------------------------- command line
@@ -120,44 +130,49 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, nargs="+", metavar="S", help="seeds (default: the preset's)")
     parser.add_argument("--time-limit", type=float, metavar="S", help="stop after S seconds, resumable")
     parser.add_argument("--step-limit", type=int, metavar="N", help="stop each job after N iterations, resumable")
-    parser.add_argument("--jobs", type=int, default=1, metavar="J", help="jobs to run side by side")
+    parser.add_argument("--jobs", type=int, metavar="J", help="processes to run side by side (default: one)")
     parser.add_argument("--resume", action="store_true", help="continue what DIR holds")
 
 
-def command(
-    program: str,
-    parser: argparse.ArgumentParser,
-    run: Callable[[argparse.Namespace], int],
-    argv: Sequence[str] | None,
-) -> int:
-    """Runs a study's command line; its exit status: what `run` returns, 2 after bad input, 130 after Ctrl-C."""
-    arguments = parser.parse_args(argv)
-    try:
-        return run(arguments)
-    except InputError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
+def with_seeds(preset: Preset, arguments: argparse.Namespace) -> Preset:
+    """The preset with the seeds that --seed names, if it names any."""
+    return dataclasses.replace(preset, seeds=tuple(dict.fromkeys(arguments.seed))) if arguments.seed else preset  # type: ignore[type-var]
 
 
-def check_jobs(arguments: argparse.Namespace, seeds: Sequence[int]) -> None:
-    """Refuses bad values of the options above before anything is written."""
+def begin(
+    arguments: argparse.Namespace,
+    preset: Any,
+    about: Callable[[Dataset], dict[str, Any]],
+    *,
+    n_test: int | None = None,
+    resume: bool = False,
+) -> tuple[Dataset, "Stop"]:
+    """What every study of several jobs does before its first: the options checked, the data read, DIR opened.
+
+    Args:
+        arguments: of `add_data_arguments` and `add_job_arguments`.
+        preset: a dataclass with fields dataset, n_train and seeds.
+        about: what else config.json says beside the preset and the name of the data.
+        n_test: test images used; None for all.
+        resume: go on with what DIR holds, whatever the options say.
+    """
     select_device(arguments.device)
     check_at_least(
         jobs=(arguments.jobs, 1),
-        seed=(min(seeds), 0),
+        seed=(min(preset.seeds), 0),
         time_limit=(arguments.time_limit, 0),
         step_limit=(arguments.step_limit, 0),
     )
-
-
-def check_at_least(**options: tuple[float | None, float]) -> None:
-    """Refuses an option below its least value; None is not given."""
-    for option, (value, least) in options.items():
-        if value is not None and not value >= least:
-            raise InputError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+    dataset = load_dataset(
+        preset.dataset,
+        arguments.data,
+        accept_modified=arguments.accept_modified_data,
+        n_train=preset.n_train,
+        n_test=n_test,
+    )
+    config = json.loads(json.dumps({**dataclasses.asdict(preset), "data": dataset.name, **about(dataset)}))
+    open_output(arguments.out, config, resume or arguments.resume)
+    return dataset, Stop(arguments.out / "state" / "stopped", arguments.time_limit, arguments.step_limit)
 
 
 # ---------------------------------------------------------------------------------------------------- jobs
@@ -175,17 +190,11 @@ class Run(Protocol):
     @property
     def finished(self) -> bool: ...
     def advance(self) -> None: ...
+    def seconds_left(self, mean: float) -> float: ...
     def results(self) -> dict[str, Any]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
     def close(self) -> None: ...
-
-
-@runtime_checkable
-class Forecasting(Protocol):
-    """A run that knows what its iterations still to come will take."""
-
-    def seconds_left(self) -> float: ...
 
 
 class Outcome(NamedTuple):
@@ -233,8 +242,7 @@ def advance(run: Run, checkpoint: Path, stop: Callable[[], bool]) -> None:
             now = time.monotonic()
             if bar.disable and now - said > PROGRESS_SECONDS:
                 said = now
-                mean = (now - started) / (run.position - first)
-                left = run.seconds_left() if isinstance(run, Forecasting) else mean * (run.end - run.position)
+                left = run.seconds_left((now - started) / (run.position - first))
                 print(_progress(run, now - started, left), file=sys.stderr, flush=True)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save_checkpoint(checkpoint, run.state_dict())
@@ -248,77 +256,21 @@ def _progress(run: Run, elapsed: float, left: float) -> str:
     return f"{run.name}: iteration {run.position} of {run.end}, {clock(elapsed)} so far, {clock(left)} left"
 
 
-def in_parallel(jobs: Iterable[Any], count: int, cluster: str = "") -> Iterator[Any]:
-    """The results of `joblib.delayed` jobs as they come, in order.
+def in_parallel(jobs: Iterable[Any], count: int | None) -> Iterator[Any]:
+    """The results of `joblib.delayed` jobs, in order: as they come, where the backend can.
 
     Args:
         jobs: what to run.
-        count: how many side by side, in processes of this machine that share its cores.
-        cluster: "" for this machine; "current" for the backend that the caller has set with
-            `joblib.parallel_config`; else the address of a Dask scheduler.
+        count: how many side by side, in processes of this machine that share its cores; None for the backend that
+            the caller has set with `joblib.parallel_config`, or this process.
     """
-    if not cluster:
+    if count is not None:
         threads = max(1, torch.get_num_threads() // count)
         with joblib.parallel_config("loky", n_jobs=count, inner_max_num_threads=threads):
             yield from joblib.Parallel(return_as="generator")(jobs)
-    elif cluster == "current":
-        yield from joblib.Parallel()(jobs)
-    else:
-        with _dask(cluster), joblib.parallel_config("dask"):
-            yield from joblib.Parallel()(jobs)
-
-
-@contextmanager
-def _dask(address: str) -> Iterator[None]:
-    try:
-        from distributed import Client
-    except ImportError:
-        raise InputError("a Dask cluster needs `pip install kfacerr[cluster]`") from None
-    try:
-        client = Client(address, timeout=30)
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"--cluster {address}: no Dask scheduler answers there: {error}") from None
-    with client:
-        yield
-
-
-def with_seeds(preset: T, arguments: argparse.Namespace) -> T:
-    """The preset with the seeds that --seed names, if it names any."""
-    return dataclasses.replace(preset, seeds=tuple(dict.fromkeys(arguments.seed))) if arguments.seed else preset  # type: ignore[type-var]
-
-
-def begin(
-    arguments: argparse.Namespace,
-    preset: Any,
-    *,
-    n_test: int | None = None,
-    resume: bool = False,
-    setting: str = "",
-    **what: Any,
-) -> tuple[Dataset, "Stop"]:
-    """What every study of several jobs does before its first: the options checked, the data read, DIR opened.
-
-    Args:
-        arguments: of `add_data_arguments` and `add_job_arguments`.
-        preset: a dataclass with fields dataset, n_train and seeds.
-        n_test: test images used; None for all.
-        resume: go on with what DIR holds, whatever the options say.
-        setting: one line of what config.json also says, for figures and claims.
-        what: what else config.json says beside the preset and the name of the data.
-    """
-    check_jobs(arguments, preset.seeds)
-    dataset = load_dataset(
-        preset.dataset,
-        arguments.data,
-        accept_modified=arguments.accept_modified_data,
-        n_train=preset.n_train,
-        n_test=n_test,
-    )
-    config = _plain(dataclasses.asdict(preset) | {"data": dataset.name, **what})
-    defaults = {f.name: f.default for f in dataclasses.fields(preset) if f.default is not dataclasses.MISSING}
-    resumed = resume or arguments.resume
-    open_output(arguments.out, config, resumed, defaults=_plain(defaults), setting=setting)
-    return dataset, Stop(arguments.out / "state" / "stopped", arguments.time_limit, arguments.step_limit)
+        return
+    backend, _ = joblib.parallel.get_active_backend()
+    yield from joblib.Parallel(return_as="generator" if backend.supports_return_generator else "list")(jobs)
 
 
 def verdict(program: str, outcomes: Sequence[Outcome], out: Path) -> int:
@@ -336,12 +288,6 @@ def verdict(program: str, outcomes: Sequence[Outcome], out: Path) -> int:
         return 130 if SIGNAL in reasons else 0
     print(f"{program}: results are in {out}", file=sys.stderr)
     return 0
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """As they are read back from JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(values))
-    return plain
 
 
 class Stop:

@@ -1,4 +1,4 @@
-"""What a study leaves beside its tables: checkpoints, and the record of the environment."""
+"""The machine that a study runs on: its device, and what environment.json records of it."""
 
 import importlib.metadata
 import os
@@ -12,34 +12,34 @@ from typing import Any
 import torch
 
 from kfacerr.exceptions import InputError
-from kfacerr.files import write_atomically
 
-_CHECKPOINT = {"format": "kfacerr-checkpoint", "version": 1}
+__all__ = ["environment", "hardware", "select_device", "synchronize"]
+
 _PACKAGES = ("kfacerr", "torch", "numpy", "scipy", "pandas", "h5py", "matplotlib", "scikit-learn")
 _CUPY_PACKAGES = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Save tensors, numbers, strings and containers of them, atomically."""
-    write_atomically(path, lambda temporary: torch.save({**_CHECKPOINT, "state": state}, temporary))
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What `save_checkpoint` saved, with its tensors on the CPU. Executes nothing in the file.
+def select_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is a GPU where there is one, else the CPU.
 
     Raises:
-        InputError: there is no such file, or it is cut short, corrupt or not a checkpoint of ours.
+        InputError: there is no such device.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and torch each raise their own kinds on a bad file
-        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
-    if not isinstance(content, dict) or {key: content.get(key) for key in _CHECKPOINT} != _CHECKPOINT:
-        raise InputError(f"{path}: not a checkpoint of this version of kfacerr")
-    state: dict[str, Any] = content["state"]
-    return state
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"{name!r} is not the name of a device") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name!r} is asked for, but there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def environment() -> dict[str, Any]:
@@ -56,6 +56,11 @@ def environment() -> dict[str, Any]:
         "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {name: version for name in _PACKAGES + _CUPY_PACKAGES if (version := _version(name))},
     }
+
+
+def hardware(about: dict[str, Any], device: torch.device) -> str:
+    """What a table of times says of the machine, from its `environment`."""
+    return f"{about['cpu'] if device.type == 'cpu' else about['cuda_device']}, {about['torch_threads']} threads"
 
 
 def _without_folder(argument: str) -> str:
