@@ -25,8 +25,7 @@ from kfacerr.rsvd import nystrom, rsvd, srevd
 from kfacerr.stream import Step, Window
 from kfacerr.study import ErrorStudy
 from kfacerr.torch import KFAC, SENG, ColumnHooks, factored
-from studies.files import load_checkpoint, save_checkpoint
-from studies.running import open_output
+from studies.jobs import load_checkpoint, open_output, save_checkpoint
 from studies.training import Training
 from tests.conftest import BACKENDS, Backend, backend
 from tests.kfacerr.torch.cases import convnet, images, mlp, parameters, relative, vectors
