@@ -351,6 +351,9 @@ def verify_layer(
         length: updates in each; by default 2 to 5, by size.
         seed: of sketches, corrections and probes.
 
+    Returns:
+        What was checked, and what was found.
+
     Raises:
         InputError: values out of range, fewer than two updates, or bad columns; names file, layer and iteration.
     """
