@@ -160,7 +160,14 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], like: Array) -> Arr
 
 
 def eigh_descending(K: Array, what: str = "matrix") -> tuple[Array, Array]:
-    """EVD of a symmetric matrix, eigenvalues descending: (w (m,), V (m, m)) in K's dtype.
+    """EVD of a symmetric matrix, eigenvalues descending.
+
+    Args:
+        K: (m, m), symmetric.
+        what: what an error calls it.
+
+    Returns:
+        Eigenvalues (m,) and orthonormal columns (m, m) in K's dtype.
 
     Raises:
         InputError: K has NaN or Inf entries (its columns had, or overflowed), or the EVD has.

@@ -116,6 +116,9 @@ class Certificate:
             frobenius: ||M||_F, if known.
             memory: 1/(1 - rho) where M and its trace came by (8): the number of updates whose rounding they hold.
             unit: round-off of the EVD that gave M~; by default that of its dtype.
+
+        Returns:
+            The certificate of M - M~.
         """
         xp = namespace(low.D)
         nuclear = _missing(low, trace)
@@ -137,6 +140,9 @@ class Certificate:
             decay: rho, or its power if batches were accumulated.
             low: the estimate after the update.
             trace: tr M after the update.
+
+        Returns:
+            The certificate of E'.
         """
         xp = namespace(low.D)
         new = _loss(low, trace) + _evd_loss(low, FLOAT64)

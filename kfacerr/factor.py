@@ -92,6 +92,9 @@ class KFactor:
             X: the columns.
             finite: the caller has seen that X is finite.
 
+        Returns:
+            (d, n): X itself, or X times the unit.
+
         Raises:
             InputError: no real floating (d, n) matrix, of another kind than before, or with NaN or Inf.
         """

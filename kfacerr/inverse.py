@@ -150,7 +150,15 @@ ESCAPED = "escaped"
 
 
 def continuation_level(X: LowRank, continuation: str, trace: Array | None = None) -> Array:
-    """tau, a 0-d array. `trace` is the EA factor's trace when X was formed, for continuation "trace".
+    """tau, the eigenvalue that a continuation puts where the representation has none.
+
+    Args:
+        X: the representation.
+        continuation: "none", "min" or "trace".
+        trace: the EA factor's trace when X was formed, for "trace".
+
+    Returns:
+        A 0-d array.
 
     Raises:
         InputError: unknown continuation, or no trace where one is needed.
@@ -190,6 +198,9 @@ def damped_inverse(
         trace: trace of the EA factor, for "trace".
         level: escaped mass, for "escaped".
 
+    Returns:
+        The inverse (d, d), as an operator; dense where X has all d modes as a matrix.
+
     Raises:
         InputError: phi not positive, or neither or both of phi and lam given.
     """
@@ -212,6 +223,14 @@ def damped_inverse(
 
 def exact_inverse(M: Array, *, phi: float | None = None, lam: Array | None = None) -> tuple[DenseInverse, Array]:
     """The reference: (M + lam I)^-1 by Cholesky with lam = phi * lambda_max(M), and lam. No EVD is needed.
+
+    Args:
+        M: (d, d), symmetric p.s.d.
+        phi: damping ratio.
+        lam: a damping given instead.
+
+    Returns:
+        The inverse, and lam as a 0-d array.
 
     Raises:
         InputError: M is zero (nothing to damp by), not finite, or phi is not positive.
@@ -301,6 +320,12 @@ def lambda_max(M: Array) -> float:
 
     Stops at a Ritz residual of 1e3 eps theta (float64; 3e-6 theta in float32). The eigenvalue's error is never
     more than the residual, also in a cluster; where there is a gap it is the residual's square over the gap.
+
+    Args:
+        M: (d, d).
+
+    Returns:
+        The eigenvalue.
 
     Raises:
         InputError: M has NaN or Inf.

@@ -58,8 +58,10 @@ def step_coordinates(P: Array, Q: Array, P_ref: Array, Q_ref: Array) -> tuple[Ar
     Q = Q_ref the two are the same to the bit.
 
     Args:
-        P, P_ref: (d_G, n).
-        Q, Q_ref: (d_A, n).
+        P: (d_G, n).
+        Q: (d_A, n).
+        P_ref: (d_G, n).
+        Q_ref: (d_A, n).
 
     Returns:
         (2n, d_A) twice; the steps themselves where 2n >= d_G.

@@ -173,7 +173,7 @@ class Process:
         settings: what it is configured with; the defaults of `Settings` if None.
         rng: the random source; one of `settings.seed` if None.
         fixed: the settings that `configure` does not touch, being part of an algorithm's name.
-        given: settings that differ.
+        **given: settings that differ.
 
     Attributes:
         needs_factor: whether `begin` and `update` read the dense factor; if not, they may be given None.

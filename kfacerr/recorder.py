@@ -106,8 +106,9 @@ class RecordingWriter:
 
         Args:
             layer: its name; dots are welcome, slashes are not (HDF5 would nest).
-            d_A, d_G, n: the columns' shapes are (d_A, n) and (d_G, n); None for an n that varies from step to
-                step, which makes the file one of version 2.
+            d_A: rows of A.
+            d_G: rows of G.
+            n: columns of both; None where they vary from step to step, which makes the file one of version 2.
             bias: whether the last row of A is the constant of the bias.
             batch_size: samples in a batch.
             update_every: T_updt.
@@ -151,6 +152,10 @@ class RecordingWriter:
 
     def append(self, layer: str, step: Step) -> None:
         """Adds a step; its arrays may be NumPy, CuPy or torch.
+
+        Args:
+            layer: its name.
+            step: A (d_A, n) and G (d_G, n).
 
         Raises:
             InputError: for an unknown layer, a k that does not increase, wrong shapes, NaN or Inf, magnitudes

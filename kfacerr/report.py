@@ -161,6 +161,9 @@ class Measurement:
             windows: those to speak of; all if None.
             remark: a note to add; none if empty.
 
+        Returns:
+            The facts.
+
         Raises:
             InputError: no columns came in yet.
         """
@@ -233,6 +236,9 @@ class Report:
 
         Args:
             layer: its name.
+
+        Returns:
+            By algorithm; cells are text.
         """
         part = self.table[self.table.layer == layer]
         order = list(dict.fromkeys(part.algorithm))
@@ -296,6 +302,9 @@ class Report:
         Args:
             layer: its name; the first by default.
             dark: for a dark background.
+
+        Returns:
+            The figure.
         """
         from .plot import error_figure
 
@@ -368,7 +377,10 @@ def report_recording(
         algorithms: names; the seven by default.
         phi: damping ratio in place of the recording's, or of 0.1.
         dtype: to compute in.
-        settings: others of `Settings`.
+        **settings: others of `Settings`.
+
+    Returns:
+        The report.
 
     Raises:
         InputError: no such layer, no windows, values out of range, or bad columns; names file, layer, iteration.

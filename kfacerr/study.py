@@ -151,7 +151,13 @@ class ErrorStudy:
         return next((w for w in self.windows if k in w), None)
 
     def push(self, step: Step) -> list[Row]:
-        """Takes the next step; returns its rows, none outside the windows.
+        """Takes the next step.
+
+        Args:
+            step: A (d_A, n) and G (d_G, n).
+
+        Returns:
+            Its rows, none outside the windows.
 
         Raises:
             InputError: NaN or Inf, a shape that changes, a zero factor, or a k that does not increase; names k.

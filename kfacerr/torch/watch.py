@@ -122,6 +122,16 @@ class _Windows:
 class Watch:
     """What `watch` gives: a context manager, and then a report.
 
+    Args:
+        modules: the watched layers by name.
+        algorithms: names.
+        settings: of the processes, but for the rank.
+        rank: r; the default of `watch` if None.
+        phi: damping ratio.
+        windows: where errors are measured.
+        record: where to write a recording; nowhere if None.
+        loss_scale: what the loss is multiplied with before `backward()`.
+
     Attributes:
         k: optimizer steps seen.
         layers: names of the watched layers.
@@ -248,6 +258,9 @@ class Watch:
     def report(self) -> Report:
         """What has been measured so far.
 
+        Returns:
+            The report, of the layers that were reached.
+
         Raises:
             InputError: nothing has been.
         """
@@ -268,6 +281,9 @@ class Watch:
         Args:
             layer: its name; the first watched one if None.
             budget: ms per iteration ("20"), or a multiple of what SGD spends on the layer ("1.5x").
+
+        Returns:
+            The advice, from a replay of the recording.
 
         Raises:
             InputError: nothing was recorded, the block has not ended, no such layer, or a bad budget.

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from kfacerr import propositions
 from kfacerr.array import device_array, to_numpy
+from kfacerr.claims import TOLERANCE, Identity, Inequality, Psd, norms
 from kfacerr.correction import correct
 from kfacerr.ea import EAFactor
 from kfacerr.exceptions import InputError
 from kfacerr.lowrank import LowRank
 from kfacerr.process import Process
 from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
-from kfacerr.propositions import Identity, Inequality, Psd, norms, trajectory
+from kfacerr.propositions import trajectory
 from kfacerr.rsvd import rsvd, srevd
 from tests.conftest import examples
 
@@ -160,9 +161,7 @@ def test_prop_3_2_needs_B_as_initial_condition(stream):
     misprinted = Identity("(S.9)", right.left, rho * (t.M[1] - t.M_B[1]), right.scale)
     lost = Identity("", right.left - misprinted.right, rho * (t.M_B[1] - t.B[1]), right.scale)
     assert right.holds() and lost.holds()
-    assert misprinted.holds() == (
-        rho * np.linalg.norm(t.M_B[1] - t.B[1]) <= propositions.TOLERANCE * t.unit * right.scale
-    )
+    assert misprinted.holds() == (rho * np.linalg.norm(t.M_B[1] - t.B[1]) <= TOLERANCE * t.unit * right.scale)
 
 
 @QUICK
@@ -208,7 +207,7 @@ def test_17_exceeds_the_error_by_the_inner_product(stream):
         bound = propositions.no_update_supremum(t, j)
         inner = float(np.sum(t.gram(j) * t.M_R[0]))
         gap = Identity("", bound.large**2 - bound.small**2, 2 * inner, bound.scale**2)
-        assert gap.holds() and inner >= -propositions.TOLERANCE * t.unit * bound.scale**2
+        assert gap.holds() and inner >= -TOLERANCE * t.unit * bound.scale**2
 
 
 @QUICK
@@ -410,7 +409,7 @@ def test_footnote_11_correction_removes_exactly_one_block(stream, data):
         error = M - X.dense()
         unit, size = propositions.eps(M), norms(M)["spectral"]
         total = norms(error)["Frobenius"] ** 2
-        assert abs(sum(propositions.blocks(error, U)) - total) <= propositions.TOLERANCE * unit * X.d * size * max(
+        assert abs(sum(propositions.blocks(error, U)) - total) <= TOLERANCE * unit * X.d * size * max(
             total**0.5, unit * size
         )
 
