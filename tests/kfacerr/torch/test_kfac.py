@@ -520,7 +520,7 @@ def test_hyper_parameters_follow_the_epoch():
     )
     train(net, optimizer, [vectors(k) for k in range(3)])
     process = process_of(optimizer.layers["0"].factors["G"])
-    inverse, _ = optimizer.layers["0"].inverses(0.1, "min")
+    inverse, _ = optimizer.layers["0"].inverses(3, 0.1, "min")
     settings = process.settings
     assert (settings.rank, settings.oversampling, process.clocks["T_rsvd"].period) == (3, 5, 4)
     assert inverse.lam == pytest.approx(0.1 * float(process.estimate.lowrank.lambda_max))
@@ -544,7 +544,7 @@ def test_the_damping_follows_its_schedule_also_between_decompositions():
     low = process_of(factor).estimate.lowrank
     lam = 0.1 / 3 * low.lambda_max
     expected = torch.linalg.inv(low.dense() + lam * torch.eye(low.d))
-    torch.testing.assert_close(optimizer.layers["0"].inverses(0.1 / 3, "min")[0].dense(), expected)
+    torch.testing.assert_close(optimizer.layers["0"].inverses(3, 0.1 / 3, "min")[0].dense(), expected)
     assert process_of(factor).clocks["T_inv"].last == 0
 
 
