@@ -67,6 +67,12 @@ class Budget:
     def parse(cls, text: str) -> "Budget":
         """ "1.5x" is a multiple of SGD's cost of the layer, "20" or "20ms" are milliseconds.
 
+        Args:
+            text: as above.
+
+        Returns:
+            The budget.
+
         Raises:
             InputError: neither, or not positive.
         """
@@ -90,6 +96,9 @@ def candidates(layer: Layer, rank: int) -> list[Algorithm]:
     Args:
         layer: its sizes.
         rank: r.
+
+    Returns:
+        Those with a rank below the larger dimension.
     """
     names = [f"K-FAC T_inv={T}" for T in (10, 50, 250)]
     low = [f"R-KFAC T_inv={T} rank={r}" for T in (10, 50, 250) for r in (rank, rank + layer.n)]
@@ -112,6 +121,9 @@ def layer_costs(layer: Layer, algorithms: Sequence[Algorithm], settings: Setting
         layer: its sizes.
         algorithms: the candidates.
         settings: of the processes.
+
+    Returns:
+        With columns `algorithm`, `cost`, `flops`, `MiB`.
     """
     import pandas as pd
 
@@ -304,7 +316,10 @@ def advise_recording(
         algorithms: candidates' names; `candidates` by default.
         phi: damping ratio in place of the recording's, or of 0.1.
         dtype: to compute the errors in.
-        settings: others of `Settings`.
+        **settings: others of `Settings`.
+
+    Returns:
+        A row a candidate, and what it chooses by.
 
     Raises:
         InputError: no windows, values out of range, or bad columns; names file, layer and iteration.

@@ -74,6 +74,12 @@ class Algorithm:
     def parse(cls, name: "str | Algorithm") -> "Algorithm":
         """The algorithm of a name; an algorithm stands for itself.
 
+        Args:
+            name: a base and its own settings, "R-KFAC T_inv=10 rank=32".
+
+        Returns:
+            The algorithm.
+
         Raises:
             InputError: unknown base or setting, or a value out of range.
         """
@@ -117,6 +123,12 @@ class Algorithm:
 
     def with_settings(self, **settings: Any) -> "Algorithm":
         """The same with other settings of its own, in the base's order; None takes one away.
+
+        Args:
+            **settings: by the names of `Settings`.
+
+        Returns:
+            Another algorithm of the same base.
 
         Raises:
             InputError: it has no such setting, or a value is out of range.

@@ -16,6 +16,7 @@ from .exceptions import InputError
 from .stream import Array
 
 __all__ = [
+    "add_to_diagonal",
     "check_columns",
     "cholesky_inverse",
     "device_array",
@@ -25,6 +26,7 @@ __all__ = [
     "is_finite",
     "map_arrays",
     "namespace",
+    "norm",
     "normal",
     "product_into",
     "rank_k_update",
@@ -73,6 +75,29 @@ def device_array(values: Any, like: Array) -> Array:
 def eps(array: Array) -> float:
     """Unit round-off of the array's dtype."""
     return float(compat.array_namespace(array).finfo(array.dtype).eps)
+
+
+BLOCK = 2**18
+"""Entries of a matrix that `norm` takes at once: they stay in the cache, and no temporary has its size."""
+
+
+def norm(X: Array) -> Array:
+    """||X||_F of a vector or a matrix, a 0-d array: to a few eps, wherever in the dtype's range X lies.
+
+    The squares are those of X over its largest entry, so that none that counts overflows or vanishes, and they are
+    added pairwise. (On the CPU torch adds the squares of its own float32 norm one after the other: 1e-3 of the
+    square of a 4096 x 4096 matrix is lost.) NaN and Inf pass through. No device is asked.
+    """
+    xp = compat.array_namespace(X)
+    if X.shape[0] == 0 or X.shape[-1] == 0:
+        return xp.zeros((), dtype=X.dtype, device=compat.device(X))
+    total, rows = X.shape[0], max(1, BLOCK // X.shape[-1])
+    if X.ndim > 1 and total > rows:
+        return norm(xp.stack([norm(X[a : min(a + rows, total), :]) for a in range(0, total, rows)]))
+    largest = xp.max(xp.abs(X))
+    unit = xp.where((largest > 0) & (largest < float("inf")), largest, xp.ones_like(largest))
+    Y = X / unit
+    return unit * xp.sqrt(xp.sum(Y * Y))
 
 
 def check_columns(X: Array, d: int | None = None, what: str = "columns") -> None:
@@ -135,7 +160,14 @@ def normal(rng: np.random.Generator, shape: tuple[int, ...], like: Array) -> Arr
 
 
 def eigh_descending(K: Array, what: str = "matrix") -> tuple[Array, Array]:
-    """EVD of a symmetric matrix, eigenvalues descending: (w (m,), V (m, m)) in K's dtype.
+    """EVD of a symmetric matrix, eigenvalues descending.
+
+    Args:
+        K: (m, m), symmetric.
+        what: what an error calls it.
+
+    Returns:
+        Eigenvalues (m,) and orthonormal columns (m, m) in K's dtype.
 
     Raises:
         InputError: K has NaN or Inf entries (its columns had, or overflowed), or the EVD has.
@@ -149,26 +181,51 @@ def eigh_descending(K: Array, what: str = "matrix") -> tuple[Array, Array]:
     return xp.flip(w, axis=0), xp.flip(V, axis=1)
 
 
-def cholesky_inverse(M: Array) -> Array:
-    """Inverse (d, d) of a symmetric positive definite matrix through its Cholesky factor: d^3 flops."""
+def add_to_diagonal(M: Array, value: Array) -> None:
+    """M + value I, written into M (d, d), contiguous by rows; `value` is a 0-d array."""
+    xp = compat.array_namespace(M)
+    xp.reshape(M, (-1,), copy=False)[:: M.shape[0] + 1] += value
+
+
+def cholesky_inverse(M: Array, *, overwrite: bool = False) -> Array:
+    """Inverse (d, d) of a symmetric positive definite matrix through its Cholesky factor: d^3 flops.
+
+    `overwrite` lets it take M's place, where M is contiguous: NumPy and torch then need no other (d, d) array.
+    """
+    # M is symmetric: its rows are the columns that LAPACK works on.
     if isinstance(M, np.ndarray):
         (potrf, potri) = scipy.linalg.get_lapack_funcs(("potrf", "potri"), (M,))
-        factor, info = potrf(M, lower=False)
+        inverse, info = potrf(M.T, lower=True, overwrite_a=overwrite)
         if info == 0:
-            inverse, info = potri(factor, lower=False, overwrite_c=True)
-        if info != 0:
-            raise InputError("matrix is not positive definite: the damping is too small or M has NaN")
-        upper = np.triu(inverse)
-        return upper + np.triu(upper, 1).T
+            inverse, info = potri(inverse, lower=True, overwrite_c=True)
+        _check_definite(info)
+        return _mirrored(inverse.T)
     if compat.is_torch_array(M):
         import torch
 
-        factor, info = torch.linalg.cholesky_ex(M)
-        if int(info) != 0:
-            raise InputError("matrix is not positive definite: the damping is too small or M has NaN")
-        return torch.cholesky_inverse(factor)
+        columns = (M.contiguous() if overwrite else M.clone(memory_format=torch.contiguous_format)).mT
+        status = torch.empty((), dtype=torch.int32, device=M.device)
+        torch.linalg.cholesky_ex(columns, out=(columns, status))
+        _check_definite(int(status))
+        return torch.cholesky_inverse(columns, out=columns).mT
     xp = compat.array_namespace(M)
     return xp.linalg.inv(M)
+
+
+def _check_definite(info: int) -> None:
+    if info != 0:
+        raise InputError("matrix is not positive definite: the damping is too small or M has NaN")
+
+
+def _mirrored(M: np.ndarray) -> np.ndarray:
+    """M with what stands above its diagonal written below it, in place."""
+    step = 128
+    for a in range(0, len(M), step):
+        b = min(a + step, len(M))
+        M[b:, a:b] = M[a:b, b:].T
+        square = M[a:b, a:b]
+        square[...] = np.triu(square) + np.triu(square, 1).T
+    return M
 
 
 def product_into(out: Array, start: int, P: Array, Q: Array) -> None:

@@ -132,6 +132,14 @@ def carried(X: LowRank, r: int, A: Array) -> tuple[LowRank, Beside]:
 
     [U, A, U P] with probes P is one array, and so are its products with A and with U P.
 
+    Args:
+        X: the representation, (d, d).
+        r: the rank to truncate to.
+        A: (d, n).
+
+    Returns:
+        The truncated representation, and [U, A] with its products.
+
     Raises:
         InputError: shapes, dtypes or backends do not fit.
     """

@@ -44,7 +44,11 @@ estimate.
 
 The constants are set from experience (about twice the most seen: tests/kfacerr/test_certificate.py), not from a
 worst-case analysis. In float32 it is 1e-4 t_k at rho = 0.95 and r + n = 476: a certificate below that says "below
-rounding".
+rounding". Modes that a Brand update drops by numerical rank (`kfacerr.brand`) are part of E: N holds them, being
+t_k - sum D, and s and F take them from there.
+
+**Range.** Every formula is homogeneous of degree one in M: hypotenuses, geometric means and quotients instead of
+squares. A certificate holds wherever in the dtype's range M lies.
 """
 
 from dataclasses import dataclass, replace
@@ -52,7 +56,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .array import eps, namespace
+from .array import eps, namespace, norm
 from .lowrank import LowRank
 from .stream import Array
 
@@ -99,7 +103,7 @@ class Certificate:
         cls,
         low: LowRank,
         trace: Array,
-        square: Array | None = None,
+        frobenius: Array | None = None,
         *,
         memory: float = 1.0,
         unit: float | None = None,
@@ -109,54 +113,65 @@ class Certificate:
         Args:
             low: M~.
             trace: tr M.
-            square: ||M||_F^2, if known.
+            frobenius: ||M||_F, if known.
             memory: 1/(1 - rho) where M and its trace came by (8): the number of updates whose rounding they hold.
             unit: round-off of the EVD that gave M~; by default that of its dtype.
+
+        Returns:
+            The certificate of M - M~.
         """
         xp = namespace(low.D)
         nuclear = _missing(low, trace)
         rounding = memory * _loss(low, trace) + _evd_loss(low, eps(low.D) if unit is None else unit)
-        frobenius = nuclear + rounding
-        if square is not None:
-            # Both squares are rounded on the scale of ||M||_F^2.
-            tail = xp.maximum(square - xp.sum(low.D**2), 0 * square) + 8 * eps(low.D) * memory * square
-            frobenius = xp.minimum(frobenius, xp.sqrt(tail) + rounding)
-        return cls(nuclear, frobenius, frobenius, rounding, low.d)._tightened()
+        F = nuclear + rounding
+        if frobenius is not None:
+            # Both norms' squares are rounded on the scale of ||M||_F^2.
+            tail = xp.hypot(_leg(frobenius, norm(low.D)), (8 * eps(low.D) * memory) ** 0.5 * frobenius)
+            F = xp.minimum(F, tail + rounding)
+        return cls(nuclear, F, F, rounding, low.d)._tightened()
 
     def after_brand(self, removed: Array, decay: float, low: LowRank, trace: Array) -> "Certificate":
-        """E' = decay (E + T) after a truncation, or a shrinkage, that takes T >= 0 away, and a Brand update.
+        """E' = decay (E + T) + R after a truncation, or a shrinkage, that takes T >= 0 away, and a Brand update.
+
+        R >= 0 are the modes dropped by numerical rank. Its trace is N' - decay (N + ||T||_*), but for rounding.
 
         Args:
             removed: non-zero eigenvalues of T in any order; may be empty.
             decay: rho, or its power if batches were accumulated.
             low: the estimate after the update.
             trace: tr M after the update.
+
+        Returns:
+            The certificate of E'.
         """
         xp = namespace(low.D)
         new = _loss(low, trace) + _evd_loss(low, FLOAT64)
         rounding = decay * self.rounding + new
         F, s, N = self.frobenius, self.spectral, self.nuclear + self.rounding
+        held = self.nuclear
         if removed.shape[0] > 0:
-            top, fro, nuc = xp.max(removed), xp.linalg.vector_norm(removed), xp.sum(removed)
-            cross = xp.minimum(xp.minimum(F * fro, s * nuc), N * top)
-            F = xp.sqrt(F**2 + fro**2 + 2 * cross)
+            top, fro, nuc = xp.max(removed), norm(removed), xp.sum(removed)
+            cross = xp.minimum(xp.minimum(_mean(F, fro), _mean(s, nuc)), _mean(N, top))
+            F = xp.hypot(xp.hypot(F, fro), 2**0.5 * cross)
             s = s + top
-        return Certificate(
-            _missing(low, trace), decay * F + new, decay * s + new, rounding, low.d, self.exact
-        )._tightened()
+            held = held + nuc
+        nuclear = _missing(low, trace)
+        dropped = nuclear - decay * held
+        new = new + xp.where(dropped > new, dropped, 0 * dropped)
+        return Certificate(nuclear, decay * F + new, decay * s + new, rounding, low.d, self.exact)._tightened()
 
     def _tightened(self) -> "Certificate":
         """Each norm bounded by the others too."""
         xp = namespace(self.nuclear)
         d, N = self.d, self.nuclear + self.rounding
         s = xp.minimum(xp.minimum(self.spectral, self.frobenius), N)
-        F = xp.minimum(self.frobenius, xp.sqrt(N * s))
+        F = xp.minimum(self.frobenius, xp.maximum(_mean(N, s), s))  # the mean of equals may round below them
         if self.exact:
             # The bound falls with the sum of the eigenvalues where that is at least F, so the least sum counts.
             least = xp.maximum(self.nuclear - self.rounding, F)
-            spread = xp.maximum(F**2 - least**2 / d, 0 * F) + 4 * eps(F) * F**2
-            s = xp.minimum(s, least / d + xp.sqrt((d - 1) / d * spread) + self.rounding)
-            F = xp.minimum(F, xp.sqrt(N * s))
+            spread = xp.hypot(_leg(F, least / d**0.5), 2 * eps(F) ** 0.5 * F)
+            s = xp.minimum(s, least / d + ((d - 1) / d) ** 0.5 * spread + self.rounding)
+            F = xp.minimum(F, xp.maximum(_mean(N, s), s))
         return replace(self, frobenius=F, spectral=s)
 
     def relative(self, trace: Array) -> Array:
@@ -174,7 +189,7 @@ class Certificate:
           K >= tr(U^T E U): m s, or m^(1/2) F. Where D are Rayleigh quotients K = 0, but Brand's are not.
         """
         xp = namespace(self.nuclear)
-        m = xp.sum(xp.astype(low.D > 0, self.nuclear.dtype))
+        m = low.modes
         missing = self.d - m
         inside = xp.minimum(m * self.spectral, xp.sqrt(m) * self.frobenius)
         outside = xp.maximum(self.nuclear - self.rounding - inside, 0 * inside)
@@ -182,11 +197,11 @@ class Certificate:
             outside = 0 * outside
         # P is as far from a projector as U is from orthonormal: 300 eps seen, on modes 1e-9 of the largest.
         rounding = self.rounding + 1024 * eps(self.nuclear) * m * tau
-        square = self.frobenius**2 + tau**2 * missing
-        lower = xp.maximum(square - 2 * tau * outside, 0 * square) + 4 * eps(square) * square
+        whole = xp.hypot(self.frobenius, xp.sqrt(missing) * tau)
+        less = xp.hypot(_leg(whole, 2**0.5 * _mean(tau, outside)), 2 * eps(whole) ** 0.5 * whole)
         return Certificate(
             self.nuclear + tau * missing,
-            xp.sqrt(xp.where(outside > 0, lower, square)) + rounding,
+            xp.where(outside > 0, less, whole) + rounding,
             xp.maximum(self.spectral, tau) + rounding,
             rounding,
             self.d,
@@ -207,18 +222,21 @@ class Certificate:
         1/(1 + x)^3, so the maximum is d h(phi/d^(1/2)): sharp, all equal, and never more than phi^2. The smaller
         of the two is taken.
         """
+        spectral, frobenius = self._damped(lam)
+        return InverseBound(spectral / lam, frobenius / lam)
+
+    def _damped(self, lam: Array) -> InverseBound:
+        """`inverse_bound` times lam: numbers without a dimension."""
         xp = namespace(self.nuclear)
-        d = self.d
+        root, mean = self.d**0.5, (self.nuclear + self.rounding) / self.d
 
-        def h(x: Array) -> Array:
-            return (x / (1 + x)) ** 2
+        def f(t: Array) -> Array:
+            return t / (lam + t)  # h(x)^(1/2)
 
-        sigma, phi, nu = self.spectral / lam, self.frobenius / lam, (self.nuclear + self.rounding) / lam
-        u = xp.minimum(sigma, 1 + 0 * sigma)
-        by_trace = xp.where(nu > d, d * h(nu / d), nu * u / (1 + u) ** 2)
-        by_square = d * h(phi / d**0.5)
-        spectral = sigma / (1 + sigma) / lam
-        return InverseBound(spectral, xp.sqrt(xp.minimum(by_trace, by_square)) / lam)
+        u = xp.minimum(self.spectral, lam) / lam
+        chord = xp.sqrt(xp.minimum(mean, lam) / lam) * xp.sqrt(u) / (1 + u)
+        by_trace = root * xp.where(mean > lam, f(mean), chord)
+        return InverseBound(f(self.spectral), xp.minimum(by_trace, root * f(self.frobenius / root)))
 
     def relative_inverse_bound(self, low: LowRank, lam: Array, tau: Array | None = None) -> Array:
         """A bound on metric 1 of §4.2, ||(M~ + lam I)^-1 - R||_F / ||R||_F with R = (M + lam I)^-1.
@@ -227,12 +245,24 @@ class Certificate:
         certificate or of the continued one. Infinite where b leaves nothing.
         """
         xp = namespace(self.nuclear)
-        present = xp.astype(low.D > 0, self.nuclear.dtype)
         level = 0 * self.nuclear if tau is None else tau
-        held = xp.sum(present / (low.D + lam) ** 2) + (low.d - xp.sum(present)) / (level + lam) ** 2
-        bound = (self if tau is None else self.continued(tau, low)).inverse_bound(lam).frobenius
-        left = xp.sqrt(held) - bound
+        present = xp.where(low.D > 0, lam / (low.D + lam), 0 * low.D)
+        held = xp.hypot(norm(present), xp.sqrt(low.d - low.modes) * lam / (level + lam))
+        bound = (self if tau is None else self.continued(tau, low))._damped(lam).frobenius
+        left = held - bound
         return xp.where(left > 0, bound / xp.where(left > 0, left, 1 + 0 * left), float("inf") + 0 * left)
+
+
+def _mean(a: Array, b: Array) -> Array:
+    """The geometric mean, (a b)^(1/2)."""
+    xp = namespace(a)
+    return xp.sqrt(a) * xp.sqrt(b)
+
+
+def _leg(c: Array, b: Array) -> Array:
+    """(c^2 - b^2)^(1/2), the other leg of a right triangle with hypotenuse c; 0 for b > c."""
+    xp = namespace(c)
+    return _mean(xp.maximum(c - b, 0 * c), c + b)
 
 
 def _missing(low: LowRank, trace: Array) -> Array:
@@ -247,4 +277,4 @@ def _loss(low: LowRank, trace: Array) -> Array:
 
 def _evd_loss(low: LowRank, unit: float) -> Array:
     """What the EVD of one update may round, in the nuclear norm."""
-    return EVD_LOSS * low.m * unit * namespace(low.D).linalg.vector_norm(low.D)
+    return EVD_LOSS * low.m * unit * norm(low.D)

@@ -24,7 +24,7 @@ from .study import DAMPINGS, ErrorStudy, Row, averages, table
 
 if TYPE_CHECKING:
     from .recording import LayerRecording
-    from .verify import Report
+    from .verify import Verdict
 
 __all__ = ["main"]
 
@@ -129,12 +129,12 @@ def _verify(arguments: argparse.Namespace) -> int:
         for layer in [recording.layer(name) for name in names]:  # a name that is not there is found at once
             report = verify_layer(layer, **options)
             failed += sum(not finding.holds for finding in report.findings)
-            print(_report(report), end="\n\n", flush=True)
+            print(_verdict(report), end="\n\n", flush=True)
     print("every claim holds" if not failed else f"{failed} claims fail")
     return int(failed > 0)
 
 
-def _report(report: "Report") -> str:
+def _verdict(report: "Verdict") -> str:
     rows = [
         {
             "claim": finding.claim,

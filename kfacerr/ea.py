@@ -23,8 +23,11 @@ def mean_square(X: Array) -> Array:
 class EAFactor:
     """(8): M_0 = X_0 X_0^T, M_k = rho M_{k-1} + (1 - rho) X_k X_k^T, and the trace t_k by the same recursion.
 
+    Args:
+        rho: decay, in (0, 1).
+
     Attributes:
-        rho: decay.
+        rho: as given.
         M: (d, d), or None before the first columns. Updated in place: copy it to keep it.
         trace: tr M, a 0-d array.
     """

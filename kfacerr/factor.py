@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .array import check_columns, failures, is_finite, map_arrays, namespace, to_dtype
 from .ea import EAFactor
 from .exceptions import InputError
-from .inverse import DampedInverse, DenseInverse, damped_inverse, exact_inverse
+from .inverse import DampedInverse, DenseInverse, Exact, damped_inverse, exact_inverse
 from .process import Estimate, Process
 from .stream import Array
 
@@ -30,7 +30,7 @@ class _Held(NamedTuple):
 
     estimate: Estimate
     damping: Any
-    inverse: DampedInverse
+    inverse: DampedInverse | DenseInverse | None
 
 
 class KFactor:
@@ -91,6 +91,9 @@ class KFactor:
         Args:
             X: the columns.
             finite: the caller has seen that X is finite.
+
+        Returns:
+            (d, n): X itself, or X times the unit.
 
         Raises:
             InputError: no real floating (d, n) matrix, of another kind than before, or with NaN or Inf.
@@ -180,7 +183,7 @@ class KFactor:
 
     def inverse(
         self, name: str, *, phi: float | None = None, lam: Array | None = None, continuation: str = "min"
-    ) -> DampedInverse | None:
+    ) -> DampedInverse | DenseInverse | None:
         """A process's damped inverse of unit^2 M, made anew only where its estimate or the damping changed.
 
         Args:
@@ -191,6 +194,10 @@ class KFactor:
 
         Returns:
             The inverse; None where there is none: no estimate yet, or one that is zero.
+
+        Raises:
+            InputError: it cannot be made, in float64 neither. It is not tried again before something changes:
+                until then the previous one is returned.
         """
         estimate = self.processes[name].estimate
         if estimate is None or estimate.lowrank.m == 0:
@@ -202,24 +209,33 @@ class KFactor:
         new = held is None or held.estimate is not estimate
         if new and not float(estimate.lowrank.lambda_max) > 0:
             return None
-        inverse = damped_inverse(
-            estimate.lowrank,
-            phi=phi,
-            lam=lam,
-            continuation=continuation,
-            trace=estimate.trace,
-            level=estimate.level,
-        )
+        options = {"continuation": continuation, "trace": estimate.trace, "level": estimate.level}
+        try:
+            inverse = damped_inverse(estimate.lowrank, phi=phi, lam=lam, **options)
+        except failures() as error:
+            previous = None if held is None else held.inverse
+            self._inverses[name, continuation] = _Held(estimate, damping, previous)
+            raise InputError(f"{self.side}: {name}: {' '.join(str(error).split())}") from error
         self._inverses[name, continuation] = _Held(estimate, damping, inverse)
         return inverse
 
     def reference(self, phi: float) -> tuple[DenseInverse, Array]:
-        """The exact damped inverse of unit^2 M_k, and its damping; kept until M or phi changes."""
+        """The exact damped inverse of unit^2 M_k, and its damping; kept until M or phi changes.
+
+        It is K-FAC's own where K-FAC holds this very M_k: stale K-FAC is an earlier reference.
+        """
         held = self._reference
         if held is None or held[:2] != (self._updates, phi):
-            inverse, lam = exact_inverse(self.average.M, phi=phi)
+            same = self._held_exactly()
+            inverse, lam = exact_inverse(self.average.M, phi=phi) if same is None else same.inverse(phi=phi)
             held = self._reference = (self._updates, phi, inverse, lam)
         return held[2], held[3]
+
+    def _held_exactly(self) -> Exact | None:
+        """M_k as a process took it, if one did at this update: every update makes a trace of its own."""
+        estimates = (process.estimate for process in self.processes.values())
+        found = (e.lowrank for e in estimates if e is not None and e.trace is self.average.trace)
+        return next((low for low in found if isinstance(low, Exact)), None)
 
     # ---------------------------------------------------------------------------------------------- state
 

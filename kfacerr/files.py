@@ -19,7 +19,8 @@ __all__ = ["check_outputs", "lock", "write_atomically", "write_csv", "write_text
 def write_atomically(path: Path, writer: Callable[[Path], object]) -> None:
     """Have `writer` write a temporary file beside `path`, then rename it: a reader never sees half a file.
 
-    Makes missing folders. If the writer fails, or is interrupted, an older `path` is left as it was.
+    Makes missing folders. If the writer fails, or is interrupted, an older `path` is left as it was. Where `path`
+    is a link, what it leads to is replaced.
 
     Args:
         path: the file.
@@ -28,6 +29,7 @@ def write_atomically(path: Path, writer: Callable[[Path], object]) -> None:
     Raises:
         InputError: the file cannot be written; names it.
     """
+    path = path.resolve() if path.is_symlink() else path
     # The suffix stays last, because savefig and to_csv choose their format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
@@ -86,15 +88,25 @@ def check_outputs(written: Mapping[str, Path], others: Mapping[str, Path]) -> No
         others: files that none of these may replace, by what a message calls them ("the recording itself").
 
     Raises:
-        InputError: a folder is missing or closed, a name is that of a folder, or two names are of one file.
+        InputError: a folder is missing or closed, a name is that of a folder or of no regular file, or two names
+            are of one file.
     """
     for path in written.values():
-        if not path.parent.is_dir():
-            raise InputError(f"{path}: the folder {path.parent} does not exist")
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder, a file's name is needed")
-        if not os.access(path.parent, os.W_OK):
-            raise InputError(f"{path}: the folder {path.parent} is not writable")
+        try:
+            _check_output(path)
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            raise InputError(f"{path}: cannot be written: {error.strerror or error}") from None
     for (what, path), (_, other) in itertools.combinations({**others, **written}.items(), 2):
         if path.resolve() == other.resolve():
             raise InputError(f"{other}: is {what}, another name is needed")
+
+
+def _check_output(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, a file's name is needed")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is a pipe or a device, which would be replaced: a file's name is needed")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise InputError(f"{path}: the folder {path.resolve().parent} is not writable")

@@ -13,9 +13,10 @@ from typing import Protocol
 import array_api_compat as compat
 import numpy as np
 
-from .array import cholesky_inverse, device_array, eps, namespace
+from .array import add_to_diagonal, cholesky_inverse, device_array, eps, failures, namespace, norm, to_dtype
 from .exceptions import InputError
 from .lowrank import LowRank
+from .rsvd import evd
 from .stream import Array
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ESCAPED",
     "DampedInverse",
     "DenseInverse",
+    "Exact",
     "Inverse",
     "continuation_level",
     "damped_inverse",
@@ -30,6 +32,7 @@ __all__ = [
     "lambda_max",
     "precondition",
     "precondition_linear",
+    "representation",
 ]
 
 
@@ -47,28 +50,40 @@ class Inverse(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DampedInverse:
-    """(M~ + lam I)^-1 with M~ = `lowrank` continued at level tau. lam and tau are 0-d arrays."""
+    """(M~ + lam I)^-1 with M~ = `lowrank` continued at level tau. lam and tau are 0-d arrays.
+
+    It is U diag(weights) U^T + shift I. Where modes are missing the shift is their eigenvalue 1/(lam + tau). Where
+    all d are present it is 0 and the weights are 1/(D + lam): 1/lam, added and taken off again, would cost
+    eps (D + lam)/lam of a result that has no eigenvalue near 1/lam.
+    """
 
     lowrank: LowRank
     lam: Array
     tau: Array
 
     @cached_property
+    def _complete(self) -> Array:
+        """Whether all d modes are present, a 0-d array."""
+        return self.lowrank.modes == self.lowrank.d
+
+    @cached_property
     def shift(self) -> Array:
-        """1/(lam + tau): the inverse's eigenvalue on the missing modes."""
-        return 1 / (self.lam + self.tau)
+        """0-d array."""
+        return namespace(self.lam).where(self._complete, 0 * self.lam, 1 / (self.lam + self.tau))
 
     @cached_property
     def weights(self) -> Array:
-        """(m,) 1/(D + lam) - 1/(lam + tau), without cancellation; 0 on modes that are absent (D = 0)."""
+        """(m,) without cancellation; 0 on modes that are absent (D = 0), whose columns of U may be zero."""
         D = self.lowrank.D
         xp = namespace(D)
         # One quotient after the other: the product of the denominators, a square, may leave the range.
         h = (self.tau - D) / (D + self.lam) / (self.lam + self.tau)
-        return xp.where(D > 0, h, xp.zeros_like(h))
+        return xp.where(D > 0, xp.where(self._complete, 1 / (D + self.lam), h), xp.zeros_like(h))
 
     def apply(self, X: Array) -> Array:
-        """Algorithm 8 l.5 and l.7: O(d m n)."""
+        """Algorithm 8 l.5 and l.7: O(d m n). With m = d one dense product, half of that once it is formed."""
+        if self.lowrank.m >= self.lowrank.d:
+            return self._dense @ X
         return self.lowrank.expand(self.weights[:, None] * self.lowrank.project(X)) + self.shift * X
 
     @cached_property
@@ -109,11 +124,14 @@ def _trace(X: LowRank, trace: Array | None) -> Array:
 
     Where D holds Rayleigh quotients of M on U, <M - U D U^T, I - U U^T> = t - sum D, so this tau is the one that
     minimises ||M - U D U^T - tau (I - U U^T)||_F over tau >= 0.
+
+    Raises:
+        InputError: there is no trace.
     """
     if trace is None:
         raise InputError("continuation 'trace' needs the trace of the EA factor")
     xp = namespace(X.D)
-    modes = xp.sum(xp.astype(X.D > 0, X.D.dtype))
+    modes = X.modes
     missing = xp.maximum(X.d - modes, xp.ones_like(modes))
     tau = (trace - X.trace()) / missing
     # What rounding leaves of t - sum D where nothing is missing is not a tail.
@@ -132,7 +150,15 @@ ESCAPED = "escaped"
 
 
 def continuation_level(X: LowRank, continuation: str, trace: Array | None = None) -> Array:
-    """tau, a 0-d array. `trace` is the EA factor's trace when X was formed, for continuation "trace".
+    """tau, the eigenvalue that a continuation puts where the representation has none.
+
+    Args:
+        X: the representation.
+        continuation: "none", "min" or "trace".
+        trace: the EA factor's trace when X was formed, for "trace".
+
+    Returns:
+        A 0-d array.
 
     Raises:
         InputError: unknown continuation, or no trace where one is needed.
@@ -161,7 +187,7 @@ def damped_inverse(
     continuation: str = "min",
     trace: Array | None = None,
     level: Array | None = None,
-) -> DampedInverse:
+) -> DampedInverse | DenseInverse:
     """The damped, continued inverse of a representation.
 
     Args:
@@ -172,6 +198,9 @@ def damped_inverse(
         trace: trace of the EA factor, for "trace".
         level: escaped mass, for "escaped".
 
+    Returns:
+        The inverse (d, d), as an operator; dense where X has all d modes as a matrix.
+
     Raises:
         InputError: phi not positive, or neither or both of phi and lam given.
     """
@@ -179,9 +208,11 @@ def damped_inverse(
         raise InputError("give one of phi and lam")
     if X.m == 0:
         raise InputError("the representation has no modes: no columns came in yet")
-    if lam is None:
-        assert phi is not None
+    if phi is not None:
         check_phi(phi)
+    if isinstance(X, Exact) and continuation != ESCAPED:  # nothing to continue
+        return X.inverse(phi=phi, lam=lam)[0]
+    if lam is None:
         lam = phi * X.lambda_max
     if continuation == ESCAPED:
         if level is None:
@@ -192,6 +223,14 @@ def damped_inverse(
 
 def exact_inverse(M: Array, *, phi: float | None = None, lam: Array | None = None) -> tuple[DenseInverse, Array]:
     """The reference: (M + lam I)^-1 by Cholesky with lam = phi * lambda_max(M), and lam. No EVD is needed.
+
+    Args:
+        M: (d, d), symmetric p.s.d.
+        phi: damping ratio.
+        lam: a damping given instead.
+
+    Returns:
+        The inverse, and lam as a 0-d array.
 
     Raises:
         InputError: M is zero (nothing to damp by), not finite, or phi is not positive.
@@ -204,10 +243,76 @@ def exact_inverse(M: Array, *, phi: float | None = None, lam: Array | None = Non
         if not top > 0:
             raise InputError("the EA factor is zero, so phi * lambda_max damps nothing")
         lam = device_array(phi * top, M)
-    xp = namespace(M)
-    return DenseInverse(
-        cholesky_inverse(M + lam * xp.eye(M.shape[0], dtype=M.dtype, device=compat.device(M)))
-    ), lam
+    damped = namespace(M).asarray(M, copy=True)
+    add_to_diagonal(damped, lam)
+    return DenseInverse(cholesky_inverse(damped, overwrite=True)), lam
+
+
+class Exact(LowRank):
+    """A symmetric p.s.d. M (d, d) as it stands: all d modes, which an EVD computes only if they are asked for.
+
+    Its damped inverse needs none of them, and no continuation.
+    """
+
+    M: Array
+
+    def __init__(self, M: Array) -> None:
+        """Keeps M itself: copy it where it is updated in place."""
+        vars(self).update(M=M, mix=None)  # past the frozen dataclass
+
+    @cached_property
+    def _evd(self) -> LowRank:
+        return evd(self.M)
+
+    @property
+    def basis(self) -> Array:
+        return self._evd.basis
+
+    @property
+    def D(self) -> Array:
+        return self._evd.D
+
+    @property
+    def d(self) -> int:
+        return self.M.shape[0]
+
+    @property
+    def m(self) -> int:
+        return self.d
+
+    @cached_property
+    def lambda_max(self) -> Array:
+        return device_array(lambda_max(self.M), self.M)
+
+    def dense(self) -> Array:
+        return self.M
+
+    def state_dict(self) -> dict[str, Array]:
+        return {"M": self.M}
+
+    def inverse(self, *, phi: float | None = None, lam: Array | None = None) -> tuple[DenseInverse, Array]:
+        """`exact_inverse` of M, in float64 if it fails in M's precision; the last one is kept."""
+        held = vars(self).get("_held")
+        if held is None or not (phi == held[0] if lam is None else lam is held[2]):
+            held = vars(self)["_held"] = (phi, *self._inverted(phi, lam))
+        return held[1:]
+
+    def _inverted(self, phi: float | None, lam: Array | None) -> tuple[DenseInverse, Array]:
+        M = self.M
+        try:
+            return exact_inverse(M, phi=phi, lam=lam)
+        except failures():
+            float64 = namespace(M).float64
+            if M.dtype == float64:
+                raise
+            given = lam if lam is None else to_dtype(lam, float64)
+            inverse, lam = exact_inverse(to_dtype(M, float64), phi=phi, lam=given)
+            return DenseInverse(to_dtype(inverse.matrix, M.dtype)), to_dtype(lam, M.dtype)
+
+
+def representation(state: dict[str, Array]) -> LowRank:
+    """What a `state_dict` of a `LowRank`, or of an `Exact`, was taken of."""
+    return Exact(**state) if "M" in state else LowRank(**state)
 
 
 def lambda_max(M: Array) -> float:
@@ -215,6 +320,15 @@ def lambda_max(M: Array) -> float:
 
     Stops at a Ritz residual of 1e3 eps theta (float64; 3e-6 theta in float32). The eigenvalue's error is never
     more than the residual, also in a cluster; where there is a gap it is the residual's square over the gap.
+
+    Args:
+        M: (d, d).
+
+    Returns:
+        The eigenvalue.
+
+    Raises:
+        InputError: M has NaN or Inf.
     """
     xp = namespace(M)
     d = M.shape[0]
@@ -228,7 +342,7 @@ def lambda_max(M: Array) -> float:
         alphas.append(float((V[:, j : j + 1].T @ w)[0, 0]))
         for _ in range(2):
             w = w - V @ (V.T @ w)
-        beta = float(xp.linalg.vector_norm(w))
+        beta = float(norm(w))
         if not np.isfinite(beta + alphas[-1]):
             raise InputError("EA factor: NaN or Inf")
         theta, S = np.linalg.eigh(np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1))

@@ -46,6 +46,12 @@ class LowRank:
         """Largest eigenvalue, a 0-d array."""
         return self.D[0]
 
+    @property
+    def modes(self) -> Array:
+        """How many modes are present, a 0-d array of D's dtype."""
+        xp = namespace(self.D)
+        return xp.sum(xp.astype(self.D > 0, self.D.dtype))
+
     def project(self, X: Array) -> Array:
         """U^T X: (d, n) -> (m, n)."""
         Z = self.basis.T @ X

@@ -208,6 +208,9 @@ def frontier_figure(table: pd.DataFrame, budget: float, choice: str, *, title: s
         budget: in ms per iteration, drawn as a line.
         choice: the algorithm that is ringed.
         title: one line above the figure.
+
+    Returns:
+        The two errors side by side; `save` writes them.
     """
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     front = table[table.on_frontier].sort_values("cost")

@@ -18,7 +18,7 @@ import numpy as np
 from .certificate import Certificate
 from .ea import EAFactor, check_rho
 from .exceptions import InputError
-from .inverse import check_continuation
+from .inverse import check_continuation, representation
 from .lowrank import LowRank
 from .rsvd import check_sketch
 from .stream import Array
@@ -173,7 +173,7 @@ class Process:
         settings: what it is configured with; the defaults of `Settings` if None.
         rng: the random source; one of `settings.seed` if None.
         fixed: the settings that `configure` does not touch, being part of an algorithm's name.
-        given: settings that differ.
+        **given: settings that differ.
 
     Attributes:
         needs_factor: whether `begin` and `update` read the dense factor; if not, they may be given None.
@@ -273,5 +273,5 @@ class Process:
             clock.load_state_dict(state["clocks"][name])
         self.rng.bit_generator.state = state["rng"]
         held, known = state["estimate"], state["certificate"]
-        self.estimate = held and Estimate(**{**held, "lowrank": LowRank(**held["lowrank"])})
+        self.estimate = held and Estimate(**{**held, "lowrank": representation(held["lowrank"])})
         self._certificate = known if isinstance(known, str) else Certificate(**known)

@@ -5,14 +5,15 @@
 
 from typing import Any, ClassVar
 
-from .array import namespace
+from .array import eps, namespace, norm
 from .brand import carried, symmetric_brand
-from .certificate import FLOAT64, Certificate
+from .certificate import EVD_LOSS, FLOAT64, LOSS, Certificate
 from .correction import correct
 from .ea import EAFactor, mean_square
+from .inverse import Exact
 from .lowrank import LowRank
 from .process import Cost, Estimate, Process
-from .rsvd import SKETCHES, evd
+from .rsvd import SKETCHES
 from .stream import Array
 
 __all__ = ["Brand", "BrandCorrected", "BrandRsvd", "Evd", "Periodic", "Rsvd"]
@@ -58,20 +59,27 @@ class Periodic(Process):
 
 
 class Evd(Periodic):
-    """K-FAC: the exact EVD of M_k."""
+    """K-FAC: M_k itself, of which the damped inverse, or the EVD, is taken when it is asked for."""
 
     def decompose(self, M: Array) -> LowRank:
         """All d modes."""
-        return evd(M)
+        return Exact(namespace(M).asarray(M, copy=True))
 
     def certified(self, factor: EAFactor) -> Certificate | str:
-        """Of the exact EVD."""
-        assert self.estimate is not None
-        return _certified_decomposition(self.estimate.lowrank, factor)
+        """M~ = M: no error, but the rounding of M by (8) and of the EVD by which M~ may be applied."""
+        M, trace = factor.M, factor.trace
+        d, unit, size = M.shape[0], eps(M), norm(M)
+        products = (LOSS[0] + LOSS[1] * d**0.5) * unit * trace / (1 - factor.rho)
+        rounding = products + EVD_LOSS * d * unit * size
+        return Certificate(0 * trace, rounding, rounding, rounding, d)
+
+    def due(self, k: int) -> bool:
+        """Never: nothing is decomposed before an inverse is asked for."""
+        return False
 
     def cost(self, d: int, n: int) -> Cost:
-        """The symmetric EVD takes 9 d^3 flops (Golub & Van Loan, §8.3)."""
-        return Cost(2.0 * d * d * n, 9.0 * d**3, self.settings.T_inv, 2.0 * d * d, d)
+        """A Cholesky factor and the inverse from it: d^3/3 and 2 d^3/3 multiply-adds, 2 d^3 flops."""
+        return Cost(2.0 * d * d * n, 2.0 * d**3, self.settings.T_inv, 3.0 * d * d, d)
 
 
 class Rsvd(Periodic):
@@ -263,8 +271,7 @@ def _certified_sketch(process: Process, factor: EAFactor) -> Certificate | str:
 
 def _certified_decomposition(low: LowRank, factor: EAFactor) -> Certificate:
     """Of 0 <= low <= M."""
-    square = namespace(factor.M).linalg.vector_norm(factor.M) ** 2  # without a (d, d) temporary
-    return Certificate.of_decomposition(low, factor.trace, square, memory=1 / (1 - factor.rho))
+    return Certificate.of_decomposition(low, factor.trace, norm(factor.M), memory=1 / (1 - factor.rho))
 
 
 def _sketch_flops(process: Process, d: int) -> float:

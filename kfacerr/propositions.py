@@ -252,6 +252,9 @@ def trajectory(columns: Sequence[Array], *, r: int, rho: float, overwrite: Colle
         rho: decay in (0, 1).
         overwrite: iterations i at which B_i is overwritten by M_R,i.
 
+    Returns:
+        Every M_k, M_R,k, M_B,k and B_k, dense.
+
     Raises:
         InputError: bad values, shapes, dtypes or backends, or NaN or Inf.
     """
@@ -520,6 +523,9 @@ def correction(M: Array, before: Array, after: Array, U: Array) -> list[Claim]:
         before: (d, d) the estimate.
         after: (d, d) the corrected estimate.
         U: (d, n_crc) the chosen columns of `before`'s eigenvectors.
+
+    Returns:
+        The three claims, each with both sides.
     """
     unit = eps(M)
     E, E_after = M - before, M - after

@@ -106,8 +106,9 @@ class RecordingWriter:
 
         Args:
             layer: its name; dots are welcome, slashes are not (HDF5 would nest).
-            d_A, d_G, n: the columns' shapes are (d_A, n) and (d_G, n); None for an n that varies from step to
-                step, which makes the file one of version 2.
+            d_A: rows of A.
+            d_G: rows of G.
+            n: columns of both; None where they vary from step to step, which makes the file one of version 2.
             bias: whether the last row of A is the constant of the bias.
             batch_size: samples in a batch.
             update_every: T_updt.
@@ -143,15 +144,7 @@ class RecordingWriter:
             self._file.attrs["version"] = VERSIONS[-1]
             _create_series(group, "n", np.int64)
         for name, d in (("A", d_A), ("G", d_G)):
-            group.create_dataset(
-                name,
-                shape=(0, d, n or 1),
-                maxshape=(None, d, n),
-                chunks=(1, d, n or batch_size),
-                dtype=storage,
-                fletcher32=True,
-                fillvalue=np.nan,  # a step whose columns never reached the disk reads as NaN and is refused
-            )
+            _create_columns(group, name, d, n, batch_size, storage)
         _create_series(group, "update", np.uint8)
         _create_series(group, "k", np.int64)
         self._file.flush()
@@ -159,6 +152,10 @@ class RecordingWriter:
 
     def append(self, layer: str, step: Step) -> None:
         """Adds a step; its arrays may be NumPy, CuPy or torch.
+
+        Args:
+            layer: its name.
+            step: A (d_A, n) and G (d_G, n).
 
         Raises:
             InputError: for an unknown layer, a k that does not increase, wrong shapes, NaN or Inf, magnitudes
@@ -299,6 +296,19 @@ class RecordingWriter:
                 raise InputError(f"{self.partial}: layer {layer!r} was recorded with {key} = {found}, not {value}")
         if there.windows != to_windows(windows):
             raise InputError(f"{self.partial}: layer {layer!r} was recorded with other windows")
+
+
+def _create_columns(group: Any, name: str, d: int, n: int | None, batch_size: int, storage: Any) -> None:
+    """An empty dataset (0, d, n), whose n may grow if it is None."""
+    group.create_dataset(
+        name,
+        shape=(0, d, n or 1),
+        maxshape=(None, d, n),
+        chunks=(1, d, n or batch_size),
+        dtype=storage,
+        fletcher32=True,
+        fillvalue=np.nan,  # a step whose columns never reached the disk reads as NaN and is refused
+    )
 
 
 def _create_series(group: Any, name: str, dtype: Any) -> None:

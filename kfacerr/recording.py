@@ -112,6 +112,11 @@ class Recording:
 class LayerRecording:
     """One layer of a recording; got from `Recording.layer`.
 
+    Args:
+        path: of the recording, for errors.
+        name: of the layer.
+        group: its open HDF5 group.
+
     Attributes:
         name: the layer.
         d_A, d_G, n: its columns' shapes are (d_A, n) and (d_G, n); at most n where `widths` is given.
@@ -151,6 +156,9 @@ class LayerRecording:
 
     def steps(self) -> Iterator[Step]:
         """The stream, one step in memory at a time, columns as float32 (float64 where that is stored).
+
+        Yields:
+            `Step`s in NumPy.
 
         Raises:
             InputError: where columns cannot be read or hold NaN or Inf; names file, layer and iteration.

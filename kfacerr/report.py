@@ -154,8 +154,15 @@ class Measurement:
         self._phi_used = self.phi if step.phi is None else step.phi
         self.seconds += time.perf_counter() - started
 
-    def facts(self) -> LayerFacts:
+    def facts(self, windows: Sequence[Window] | None = None, remark: str = "") -> LayerFacts:
         """What there is to say of the layer now.
+
+        Args:
+            windows: those to speak of; all if None.
+            remark: a note to add; none if empty.
+
+        Returns:
+            The facts.
 
         Raises:
             InputError: no columns came in yet.
@@ -165,19 +172,13 @@ class Measurement:
             raise InputError(f"layer {self.name!r}: no columns came in, there is nothing to report")
         rank = self.settings.rank
         found = {side: FactorFacts.of(factor, rank, self._phi_used) for side, factor in factors.items()}
+        told = tuple(self.study.windows if windows is None else windows)
+        notes = (*self._notes(found, told), *([remark] if remark else []))
         return LayerFacts(
-            self.name,
-            self._n,
-            self.settings,
-            self._phi_used,
-            self.every,
-            tuple(self.study.windows),
-            found,
-            self.seconds,
-            tuple(self._notes(found)),
+            self.name, self._n, self.settings, self._phi_used, self.every, told, found, self.seconds, notes
         )
 
-    def _notes(self, factors: Mapping[str, FactorFacts]) -> Iterable[str]:
+    def _notes(self, factors: Mapping[str, FactorFacts], windows: Sequence[Window]) -> Iterable[str]:
         """Where an algorithm saves nothing, and windows that were not reached."""
         for measured in self.study.measured:
             algorithm = Algorithm.parse(measured.name)
@@ -190,7 +191,7 @@ class Measurement:
                     "KFAC uses R-KFAC there"
                 )
         seen = {row.k for row in self.rows}
-        for window in self.study.windows:
+        for window in windows:
             if not any(k in window for k in seen):
                 yield f"the window of {window.length} iterations from {window.start} was not reached"
 
@@ -202,6 +203,8 @@ class Report:
         measurements: of the layers, finished or under way.
         title: one line.
         seconds: what is known of the time besides, such as {"training": 12.3}.
+        windows: those to speak of; all of each measurement if None.
+        remarks: by layer, a note to add.
 
     Attributes:
         table: tidy, with columns algorithm, k, metric, value, epoch, window, layer.
@@ -209,12 +212,18 @@ class Report:
     """
 
     def __init__(
-        self, measurements: Iterable[Measurement], *, title: str = "", seconds: Mapping[str, float] | None = None
+        self,
+        measurements: Iterable[Measurement],
+        *,
+        title: str = "",
+        seconds: Mapping[str, float] | None = None,
+        windows: Sequence[Window] | None = None,
+        remarks: Mapping[str, str] | None = None,
     ) -> None:
         import pandas as pd
 
         measured = list(measurements)
-        self.layers = [m.facts() for m in measured]
+        self.layers = [m.facts(windows, (remarks or {}).get(m.name, "")) for m in measured]
         frames = [table(m.rows, m.study.windows).assign(layer=m.name) for m in measured]
         self.table: pd.DataFrame = pd.concat(frames, ignore_index=True) if frames else table([])
         self.title = title or "How wrong are the inverses of " + ", ".join(layer.name for layer in self.layers)
@@ -227,6 +236,9 @@ class Report:
 
         Args:
             layer: its name.
+
+        Returns:
+            By algorithm; cells are text.
         """
         part = self.table[self.table.layer == layer]
         order = list(dict.fromkeys(part.algorithm))
@@ -290,6 +302,9 @@ class Report:
         Args:
             layer: its name; the first by default.
             dark: for a dark background.
+
+        Returns:
+            The figure.
         """
         from .plot import error_figure
 
@@ -362,7 +377,10 @@ def report_recording(
         algorithms: names; the seven by default.
         phi: damping ratio in place of the recording's, or of 0.1.
         dtype: to compute in.
-        settings: others of `Settings`.
+        **settings: others of `Settings`.
+
+    Returns:
+        The report.
 
     Raises:
         InputError: no such layer, no windows, values out of range, or bad columns; names file, layer, iteration.
@@ -412,8 +430,8 @@ def _spread(mean: Any, low: Any, high: Any, name: str, metric: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Two digits; 0 for what is mere rounding, nothing for NaN."""
-    if value != value:
+    """Two digits; 0 for what is mere rounding, nothing for NaN or where a bound says nothing."""
+    if not abs(value) < float("inf"):
         return ""
     return "0" if abs(value) < ROUNDING else f"{value:.2g}"
 

@@ -1,6 +1,6 @@
 """The one interface that ties training to error analysis: a stream of steps of one layer.
 
-A stream is any iterable of `Step`. Training yields it live (`kfacerr.torch.hooks`), a file yields it again
+A stream is any iterable of `Step`. Training yields it live (`kfacerr.torch.follower`), a file yields it again
 (`kfacerr.recording`), and `kfacerr.study` consumes it; none of them knows the other.
 """
 

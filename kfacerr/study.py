@@ -18,8 +18,8 @@ from .algorithms import Algorithm
 from .array import failures, namespace, to_numpy
 from .exceptions import InputError
 from .factor import KFactor
-from .inverse import DampedInverse, DenseInverse, check_phi, precondition_linear
-from .metrics import METRICS, angle_error, inverse_error, norm_error
+from .inverse import DampedInverse, DenseInverse, Inverse, check_phi, precondition_linear
+from .metrics import METRICS, angle_error, inverse_error, norm_error, step_coordinates
 from .process import Process, Settings
 from .stream import Array, Step, Window
 
@@ -134,7 +134,7 @@ class ErrorStudy:
         self.damping = damping
         self.certify = certify
         self.last_k = -1
-        self._errors: dict[tuple[str, str], tuple[DampedInverse, DenseInverse, float]] = {}
+        self._errors: dict[tuple[str, str], tuple[Inverse, DenseInverse, float]] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -151,7 +151,13 @@ class ErrorStudy:
         return next((w for w in self.windows if k in w), None)
 
     def push(self, step: Step) -> list[Row]:
-        """Takes the next step; returns its rows, none outside the windows.
+        """Takes the next step.
+
+        Args:
+            step: A (d_A, n) and G (d_G, n).
+
+        Returns:
+            Its rows, none outside the windows.
 
         Raises:
             InputError: NaN or Inf, a shape that changes, a zero factor, or a k that does not increase; names k.
@@ -201,12 +207,12 @@ class ErrorStudy:
     def _measure(self, step: Step, columns: Mapping[str, Array], window: Window) -> list[Row]:
         phi = self.phi if step.phi is None else step.phi
         references = {side: factor.reference(phi) for side, factor in self.factors.items()}
-        S_ref = _step(columns, {side: inverse for side, (inverse, _) in references.items()})
+        exact = _applied(columns, {side: inverse for side, (inverse, _) in references.items()})
         rows = []
         for measured in self.measured:
             inverses = {side: self._inverse(measured, side, phi, references[side][1]) for side in "AG"}
             errors = {s: self._error(measured, s, inverses[s], references[s][0]) for s in "AG"}
-            S = _step(columns, inverses)
+            S, S_ref = step_coordinates(*_applied(columns, inverses), *exact)
             values = (errors["A"], errors["G"], norm_error(S, S_ref), angle_error(S, S_ref))
             for metric, value in zip(METRICS, values, strict=True):
                 if not math.isfinite(value):
@@ -216,7 +222,7 @@ class ErrorStudy:
                 rows += self._certified(measured, step.k, inverses, window.epoch)
         return rows
 
-    def _inverse(self, measured: _Measured, side: str, phi: float, lam: Array) -> DampedInverse:
+    def _inverse(self, measured: _Measured, side: str, phi: float, lam: Array) -> Inverse:
         """The inverse of one algorithm; the reference's lam damps it where the damping is common."""
         damping = {"phi": phi} if self.damping == "own" else {"lam": lam}
         inverse = self.factors[side].inverse(measured.process, continuation=measured.continuation, **damping)
@@ -224,7 +230,7 @@ class ErrorStudy:
             raise InputError(f"{side}: {measured.name} holds no estimate, or one that is zero")
         return inverse
 
-    def _error(self, measured: _Measured, side: str, inverse: DampedInverse, reference: DenseInverse) -> float:
+    def _error(self, measured: _Measured, side: str, inverse: Inverse, reference: DenseInverse) -> float:
         """Metric (1) or (2), made anew only where something it depends on changed."""
         held = self._errors.get((measured.name, side))
         if held is None or held[0] is not inverse or held[1] is not reference:
@@ -232,7 +238,7 @@ class ErrorStudy:
         return held[2]
 
     def _certified(
-        self, measured: _Measured, k: int, inverses: Mapping[str, DampedInverse], epoch: int
+        self, measured: _Measured, k: int, inverses: Mapping[str, Inverse], epoch: int
     ) -> Iterator[Row]:
         """The certified bounds on metrics (1) and (2), where the algorithm has one now.
 
@@ -243,7 +249,7 @@ class ErrorStudy:
         """
         for side, inverse in inverses.items():
             known = self.factors[side].processes[measured.process].certificate
-            if known is None:
+            if known is None or not isinstance(inverse, DampedInverse):  # there is nothing to certify of M itself
                 continue
             low = inverse.lowrank
             bound = float(known.relative_inverse_bound(low, inverse.lam, inverse.tau))
@@ -271,15 +277,17 @@ class ErrorStudy:
         self._errors.clear()
 
 
-def _step(columns: Mapping[str, Array], inverses: Mapping[str, Any]) -> Array:
-    """S = Gamma^-1 G A^T A^-1 (d_G, d_A), from Algorithm 8's factors."""
-    P, Q = precondition_linear(columns["G"], columns["A"], inverses["G"], inverses["A"])
-    return P @ Q.T
+def _applied(columns: Mapping[str, Array], inverses: Mapping[str, Inverse]) -> tuple[Array, Array]:
+    """Algorithm 8's factors P, Q of S = P Q^T = Gamma^-1 G A^T A^-1 (d_G, d_A)."""
+    return precondition_linear(columns["G"], columns["A"], inverses["G"], inverses["A"])
 
 
 def _ordered(windows: Sequence[Window]) -> list[Window]:
-    """By their start; refuses windows that overlap."""
-    ordered = sorted(windows)
+    """By their start; refuses windows that are empty or overlap."""
+    ordered = sorted(Window(*window) for window in windows)
+    for window in ordered:
+        if not (window.start >= 0 and window.length >= 1):
+            raise InputError(f"a window needs start >= 0 and length >= 1, got {tuple(window)}")
     for one, other in itertools.pairwise(ordered):
         if other.start in one:
             raise InputError(f"windows overlap: {tuple(one)} and {tuple(other)}")

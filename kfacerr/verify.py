@@ -34,7 +34,7 @@ from .process import Process, Settings
 from .propositions import Claim, Identity, Inequality, Psd
 from .recording import LayerRecording
 
-__all__ = ["Finding", "Report", "certificate_claims", "findings", "verify_layer"]
+__all__ = ["Finding", "Verdict", "certificate_claims", "findings", "verify_layer"]
 
 PROBES = 16
 
@@ -74,7 +74,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
+class Verdict:
     """A layer's findings, and what they cover in words."""
 
     layer: str
@@ -339,7 +339,7 @@ def verify_layer(
     stretches: int = 3,
     length: int | None = None,
     seed: int = 0,
-) -> Report:
+) -> Verdict:
     """Checks everything on one layer, reading it once.
 
     Args:
@@ -350,6 +350,9 @@ def verify_layer(
         stretches: how many runs of updates get the dense checks, spread over the recording.
         length: updates in each; by default 2 to 5, by size.
         seed: of sketches, corrections and probes.
+
+    Returns:
+        What was checked, and what was found.
 
     Raises:
         InputError: values out of range, fewer than two updates, or bad columns; names file, layer and iteration.
@@ -362,7 +365,7 @@ def verify_layer(
     for name, value in (("rank", rank), ("stretches", stretches), ("length", length)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    sides: list[_Side] = []
+    sides = []
     for name, d in (("A", layer.d_A), ("G", layer.d_G)):
         r = rank or max(1, min(layer.n, d // 4, ROWS // 4))
         steps = min(length or max(2, min(5, (ROWS - r) // min(layer.n, d) - 1)), len(updates))
@@ -370,20 +373,7 @@ def verify_layer(
         starts = sorted({round(x) for x in np.linspace(0, len(updates) - steps, stretches)})
         settings = Settings(rank=r, rho=rho, oversampling=2, n_pwr_it=0, seed=seed)
         sides.append(_Side(name, d, settings, phi, widths, starts, steps))
-
-    def claims() -> Iterator[tuple[str, Claim]]:
-        i = 0
-        for step in layer.steps():
-            if not step.update:
-                continue
-            for side, X in zip(sides, (step.A, step.G), strict=True):
-                try:
-                    yield from side.push(i, step.k, X, 2 * len(updates))
-                except InputError as error:
-                    raise InputError(f"{where}, iteration {step.k}: {side.name}: {error}") from None
-            i += 1
-
-    found = findings(claims())
+    found = findings(_claims(layer, sides, len(updates), where))
     coverage = [
         f"{side.name} (d={side.probes.W.shape[0]}, r={side.settings.rank}): all claims, densely and exactly, on "
         + ", ".join(_span(layer, updates, start, side.length) for start in side.starts)
@@ -392,7 +382,19 @@ def verify_layer(
         + _share(side.whole, layer.n)
         for side in sides
     ]
-    return Report(layer.name, found, coverage)
+    return Verdict(layer.name, found, coverage)
+
+
+def _claims(
+    layer: LayerRecording, sides: Sequence[_Side], updates: int, where: str
+) -> Iterator[tuple[str, Claim]]:
+    """Those of all updates, in their order."""
+    for i, step in enumerate(step for step in layer.steps() if step.update):
+        for side, X in zip(sides, (step.A, step.G), strict=True):
+            try:
+                yield from side.push(i, step.k, X, 2 * updates)
+            except InputError as error:
+                raise InputError(f"{where}, iteration {step.k}: {side.name}: {error}") from None
 
 
 def _widths(d: int, n: int, rank: int, steps: int) -> tuple[int, int]:

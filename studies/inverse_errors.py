@@ -42,13 +42,14 @@ from studies.jobs import (
     Stop,
     add_data_arguments,
     add_job_arguments,
+    alone,
     begin,
     in_parallel,
     run_job,
     verdict,
     with_seeds,
 )
-from studies.seed_run import SUMMARY, Job, SeedRun
+from studies.seed_run import SUMMARY, Job, SeedRun, finish_recording
 
 __all__ = ["main"]
 
@@ -62,7 +63,10 @@ def run_seed(
     """Takes one seed's run as far as `stop` allows; a job of its own, whatever process it runs in."""
     recording = out / f"recording-{job.file}.h5" if record else None
     make = partial(SeedRun, preset, dataset, job, device, recording)
-    return run_job(job.name, out / "state" / f"{job.file}.pt", make, stop)
+    outcome = run_job(job.name, out / "state" / f"{job.file}.pt", make, stop)
+    if recording is not None and outcome.state is not None and outcome.state["finished"]:
+        finish_recording(recording)
+    return outcome
 
 
 # ------------------------------------------------------------------------------------------- what DIR holds
@@ -137,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--monitor", action="store_true", help="measure the whole training, not two windows")
     parser.add_argument("--record", action="store_true", help="also write each seed's K-factor recording")
-    return run("inverse_errors", parser, _run, argv)
+    return run("inverse_errors", parser, alone(_run), argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -150,7 +154,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.driver:
         preset = dataclasses.replace(preset, driver=arguments.driver)
     family(preset.driver)
-    dataset, stop = begin(arguments, preset, partial(_about, preset, arguments.trajectory, monitor))
+    dataset, stop = begin(arguments, preset, partial(_about, preset, arguments))
     jobs = [Job(seed, name, monitor) for seed in preset.seeds for name in (SEVEN if own else (None,))]
     outcomes = list(
         _outcomes(preset, dataset, jobs, arguments, stop, write_monitored if monitor else write_results)
@@ -161,7 +165,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return verdict("inverse_errors", outcomes, arguments.out)
 
 
-def _about(preset: Preset, trajectory: str, monitor: bool, dataset: Dataset) -> dict[str, Any]:
+def _about(preset: Preset, arguments: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
     """What config.json says beside the preset: for each window r, n and phi, which the figures quote."""
     per_epoch, schedules = len(dataset.train_images) // preset.batch_size, preset.schedules
     windows = [
@@ -176,8 +180,9 @@ def _about(preset: Preset, trajectory: str, monitor: bool, dataset: Dataset) -> 
     ]
     return {
         "layer": LAYER,
-        "trajectory": trajectory,
-        "monitor": monitor,
+        "trajectory": arguments.trajectory,
+        "monitor": arguments.monitor,
+        "record": arguments.record,
         "setting": preset.setting,
         "windows": windows,
     }

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from kfacerr.command import check_at_least
 from kfacerr.exceptions import InputError
-from kfacerr.files import write_atomically, write_text
+from kfacerr.files import lock, write_atomically, write_text
 from studies.data import Dataset, load_dataset
 from studies.environment import environment, select_device
 
@@ -38,6 +39,7 @@ __all__ = [
     "add_data_arguments",
     "add_job_arguments",
     "advance",
+    "alone",
     "begin",
     "in_parallel",
     "load_checkpoint",
@@ -45,6 +47,7 @@ __all__ = [
     "run_job",
     "save_checkpoint",
     "slug",
+    "threads_of_a_job",
     "verdict",
 ]
 
@@ -67,8 +70,9 @@ def open_output(out: Path, config: dict[str, Any], resume: bool) -> None:
     """
     path = out / "config.json"
     if not path.exists():
-        write_text(path, json.dumps(config, indent=2) + "\n")
+        # config.json comes last: a study that is killed in between has not begun.
         write_text(out / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        write_text(path, json.dumps(config, indent=2) + "\n")
         return
     if not resume:
         raise InputError(f"{out} holds a study already: continue it with --resume or name another --out")
@@ -76,6 +80,8 @@ def open_output(out: Path, config: dict[str, Any], resume: bool) -> None:
         there = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as a study's configuration: {error}") from None
+    if not isinstance(there, dict):
+        raise InputError(f"{path}: not a study's configuration")
     for key, value in config.items():
         if there.get(key) != value:
             raise InputError(f"{path}: {key} is {there.get(key)} there and {value} here")
@@ -103,9 +109,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as container:
+            damaged = container.testzip()  # torch.save writes a CRC-32 of every tensor, and torch.load trusts
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each raise their own kinds on a bad file
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+    if damaged:
+        raise InputError(f"{path}: damaged, {damaged} does not fit its checksum: remove it to begin this job anew")
     if not isinstance(content, dict) or {key: content.get(key) for key in _CHECKPOINT} != _CHECKPOINT:
         raise InputError(f"{path}: not a checkpoint of this version of kfacerr")
     state: dict[str, Any] = content["state"]
@@ -170,7 +180,8 @@ def begin(
         n_train=preset.n_train,
         n_test=n_test,
     )
-    config = json.loads(json.dumps({**dataclasses.asdict(preset), "data": dataset.name, **about(dataset)}))
+    told = {"data": dataset.name, "threads": threads_of_a_job(arguments.jobs), **about(dataset)}
+    config = json.loads(json.dumps({**dataclasses.asdict(preset), **told}))
     open_output(arguments.out, config, resume or arguments.resume)
     return dataset, Stop(arguments.out / "state" / "stopped", arguments.time_limit, arguments.step_limit)
 
@@ -265,12 +276,29 @@ def in_parallel(jobs: Iterable[Any], count: int | None) -> Iterator[Any]:
             the caller has set with `joblib.parallel_config`, or this process.
     """
     if count is not None:
-        threads = max(1, torch.get_num_threads() // count)
-        with joblib.parallel_config("loky", n_jobs=count, inner_max_num_threads=threads):
+        with joblib.parallel_config("loky", n_jobs=count, inner_max_num_threads=threads_of_a_job(count)):
             yield from joblib.Parallel(return_as="generator")(jobs)
         return
     backend, _ = joblib.parallel.get_active_backend()
     yield from joblib.Parallel(return_as="generator" if backend.supports_return_generator else "list")(jobs)
+
+
+def threads_of_a_job(count: int | None) -> int:
+    """Threads that each of `count` jobs side by side computes with: config.json says it, as sums depend on it."""
+    return max(1, torch.get_num_threads() // (count or 1))
+
+
+def alone(function: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
+    """A command line's function, while no other process works in the DIR of its --out."""
+
+    def call(arguments: argparse.Namespace) -> int | None:
+        held = lock(arguments.out / "study")
+        try:
+            return function(arguments)
+        finally:
+            held.release()
+
+    return call
 
 
 def verdict(program: str, outcomes: Sequence[Outcome], out: Path) -> int:
@@ -324,7 +352,7 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within it a first Ctrl-C or SIGTERM lets the iteration finish and be saved; a second one does not.
+        """Within it a first Ctrl-C, SIGTERM or SIGHUP lets the iteration finish and be saved; a second does not.
 
         Jobs in threads of a cluster's worker cannot listen to signals; they see the marker.
         """
@@ -339,7 +367,9 @@ class Stop:
             self.marker.parent.mkdir(parents=True, exist_ok=True)
             self.marker.touch()
 
-        signals = (signal.SIGINT, signal.SIGTERM)
+        names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP, and under nohup it is to be ignored
+        signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        signals = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
         listens = threading.current_thread() is threading.main_thread()
         before = {number: signal.signal(number, on_signal) for number in signals} if listens else {}
         try:

@@ -40,6 +40,7 @@ from studies.jobs import (
     Stop,
     add_data_arguments,
     add_job_arguments,
+    alone,
     begin,
     in_parallel,
     load_checkpoint,
@@ -258,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--timing-only", action="store_true", help="train no further, take the times")
     parser.add_argument("--no-timing", action="store_true", help="train only; take the times later")
-    return run("optimizers", parser, _run, argv)
+    return run("optimizers", parser, alone(_run), argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:

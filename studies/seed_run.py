@@ -26,7 +26,7 @@ from studies.training import Training
 if TYPE_CHECKING:
     from kfacerr.recorder import RecordingWriter
 
-__all__ = ["SUMMARY", "Job", "Mirror", "SeedRun"]
+__all__ = ["SUMMARY", "Job", "Mirror", "SeedRun", "finish_recording"]
 
 MUCH = 300  # seconds of a window, from which on its cost is said in advance
 EVALUATE_EPOCHS = 5  # epochs between looks at the test set
@@ -296,3 +296,11 @@ def _to(state: Any, device: torch.device) -> Any:
     if isinstance(state, dict):
         return {key: _to(value, device) for key, value in state.items()}
     return state
+
+
+def finish_recording(path: Path) -> None:
+    """Gives a finished run's recording its name, if the process died between the last checkpoint and that."""
+    from kfacerr.recorder import RecordingWriter
+
+    if not path.exists() and path.with_name(path.name + ".partial").exists():
+        RecordingWriter(path, resume=True).close()

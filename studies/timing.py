@@ -34,7 +34,7 @@ from studies.config import PRESETS, TABLE_1, TrainingConfig, update_period
 from studies.data import Dataset, load_dataset
 from studies.drivers import Updates, find_driver
 from studies.environment import select_device, synchronize
-from studies.jobs import add_data_arguments, load_checkpoint, save_checkpoint, slug
+from studies.jobs import add_data_arguments, alone, load_checkpoint, save_checkpoint, slug
 from studies.training import Training
 
 __all__ = ["Timing", "main", "measure", "parts", "time_drivers", "write_timings"]
@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", required=True, choices=tuple(PRESETS))
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="times each is timed")
     add_data_arguments(parser)
-    return run("timing", parser, _run, argv)
+    return run("timing", parser, alone(_run), argv)
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -5,5 +5,6 @@ from .kfac import KFAC
 from .linear import FactoredLinear, factored
 from .policy import FactorInfo
 from .seng import SENG
+from .watch import Watch, watch
 
-__all__ = ["KFAC", "SENG", "ColumnHooks", "FactorInfo", "FactoredLinear", "factored"]
+__all__ = ["KFAC", "SENG", "ColumnHooks", "FactorInfo", "FactoredLinear", "Watch", "factored", "watch"]

@@ -186,7 +186,7 @@ def compressed(A: Tensor, G: Tensor, n: int, rank: int) -> tuple[Tensor, Tensor]
 def batch_norm_gradients(
     layer: nn.Module, x: Tensor, grad: Tensor, statistics: tuple[Tensor, Tensor] | None, *, bias: bool
 ) -> Tensor:
-    """(b, C, 2), or (b, C, 1) without the bias: each sample's share of [gamma.grad, beta.grad].
+    """Each sample's share of [gamma.grad, beta.grad].
 
     Args:
         layer: a BatchNorm layer.
@@ -194,6 +194,9 @@ def batch_norm_gradients(
         grad: dLoss/dy (b, C, ...).
         statistics: the running mean and variance that the forward used, or None if it used the batch's own.
         bias: whether the bias is trained.
+
+    Returns:
+        (b, C, 2), or (b, C, 1) without the bias.
     """
     dtype = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
     mean, variance = (None, None) if statistics is None else (s.to(dtype) for s in statistics)

@@ -13,12 +13,12 @@ from ..algorithms import Algorithm
 from ..array import map_arrays
 from ..exceptions import InputError
 from ..factor import KFactor
-from ..inverse import DampedInverse, DenseInverse, Inverse, precondition, precondition_linear
+from ..inverse import Inverse, precondition, precondition_linear
 from ..process import Process, Settings
 from ..stream import Columns
+from ._direction import Product
 from ._layer import Layer
 from ._micro_batches import Tally, factor_columns, gradient_columns
-from ._product import Product
 from ._scaling import probe
 from .linear import FactoredLinear, formed, held
 from .policy import FactorInfo, Hyper, LayerPolicy, choice_of_side, named_process
@@ -35,11 +35,17 @@ def process_of(factor: KFactor) -> Process:
 class KFACLayer(Layer):
     """A layer that K-FAC preconditions.
 
+    Args:
+        name: see `Layer`.
+        module: see `Layer`.
+        mine: see `Layer`.
+        shared: see `Layer`.
+        policy: of the layer.
+        asked: whether Algorithm 8 is asked for, where n is small enough.
+
     Attributes:
-        policy: as the optimizer was given it.
         factors: of sides "A" and "G"; empty until the first columns.
         linear: whether Algorithm 8 applies; None until the first columns, which tell n.
-        asked: whether it was asked for, so that `linear` is no plain False.
     """
 
     def __init__(
@@ -49,18 +55,17 @@ class KFACLayer(Layer):
         mine: Container[Tensor],
         shared: Container[Tensor],
         policy: LayerPolicy,
+        *,
+        asked: bool,
     ) -> None:
         super().__init__(name, module, mine, shared)
         self.policy = policy
+        self.asked = asked
         self.factors: dict[str, KFactor] = {}
-        self.linear: bool | None = False
-        self.asked = False
+        self.linear: bool | None = None if asked else False
         self._infos: dict[str, FactorInfo] = {}
         self._kind: tuple[torch.dtype, torch.device] | None = None
-
-    def ask_linear(self) -> None:
-        """Algorithm 8, if n is small enough."""
-        self.linear, self.asked = None, True
+        self._configured: Hyper | None = None
 
     @property
     def with_bias(self) -> bool:
@@ -105,7 +110,7 @@ class KFACLayer(Layer):
                 )
 
     def differs_from_columns(self, columns: Columns, unit: float) -> Tensor:
-        """Whether .grad is not `G A^T`, a 0-d boolean: one product of each with a fixed vector v of signs.
+        """Whether .grad is not `G A^T`: one product of each with a fixed vector v of signs.
 
         Where a part of .grad is held as factors and another is formed, the second came from elsewhere: no product
         is needed, but whether it is zero. (Or the factors outgrew the gradient, and Algorithm 8 would save
@@ -118,6 +123,9 @@ class KFACLayer(Layer):
         Args:
             columns: A and G of all micro-batches.
             unit: u of the backward's products.
+
+        Returns:
+            A 0-d boolean.
         """
         A, G = columns
         others = [there for p in self.parameters if held(p) and (there := formed(p)) is not None]
@@ -130,7 +138,12 @@ class KFACLayer(Layer):
     # ------------------------------------------------------------------------------------------ K-factors
 
     def make_factors(self, columns: Columns, n: int, settings: Settings) -> list[str]:
-        """Makes the factors, if they are not there, at their first columns, n of them with all processes'.
+        """Makes the factors, if they are not there.
+
+        Args:
+            columns: this process's first ones.
+            n: their number in all processes.
+            settings: of the processes.
 
         Returns:
             What the log should say: which factors have no room for their process (§3.5).
@@ -158,6 +171,9 @@ class KFACLayer(Layer):
 
     def configure(self, hyper: Hyper) -> None:
         """This step's hyper-parameters; a process of the user's own keeps its."""
+        if hyper is self._configured:
+            return
+        self._configured = hyper
         for side, factor in self.factors.items():
             if isinstance(choice_of_side(self.policy, side), str):
                 factor.configure(**hyper.configuration())
@@ -169,31 +185,35 @@ class KFACLayer(Layer):
         try:
             self.factors[side].push(k, X, gram=gram, finite=True)
         except InputError as error:
-            warnings.warn(
-                f"layer {self.name!r}, factor {side}, step {k}: the decomposition failed, also in float64; the "
-                f"previous inverse is kept ({error})",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            self._warn(side, k, error)
+
+    def _warn(self, side: str, k: int, error: InputError) -> None:
+        warnings.warn(
+            f"layer {self.name!r}, factor {side}, step {k}: the decomposition failed, also in float64; the "
+            f"previous inverse is kept ({error})",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     # --------------------------------------------------------------------------------------------- step
 
-    def inverses(self, phi: float, continuation: str) -> tuple[Inverse, Inverse] | None:
-        """Of G and of A in their factors' units, or None where either is missing.
-
-        Where all d modes are there it is dense: one product a step in place of two, for one when it is made.
-        """
+    def inverses(self, k: int, phi: float, continuation: str) -> tuple[Inverse, Inverse] | None:
+        """Of G and of A in their factors' units, or None where either is missing; warns as `push` does."""
         if not self.factors:
             return None
-        G, A = (self._inverse(side, phi, continuation) for side in "GA")
-        return None if G is None or A is None else (_applied(G), _applied(A))
+        G, A = (self._inverse(side, k, phi, continuation) for side in "GA")
+        return None if G is None or A is None else (G, A)
 
-    def _inverse(self, side: str, phi: float, continuation: str) -> DampedInverse | None:
+    def _inverse(self, side: str, k: int, phi: float, continuation: str) -> Inverse | None:
         factor = self.factors[side]
         ((name, process),) = factor.processes.items()
         if "continuation" in process.fixed:
             continuation = process.settings.continuation
-        return factor.inverse(name, phi=phi, continuation=continuation)
+        try:
+            return factor.inverse(name, phi=phi, continuation=continuation)
+        except InputError as error:
+            self._warn(side, k, error)
+            return factor.inverse(name, phi=phi, continuation=continuation)  # the previous one
 
     def preconditioned(self, inverses: tuple[Inverse, Inverse], columns: Columns | None) -> Tensor | Product:
         """S (d_G, d_A), by Algorithm 8 where there are columns, else by Algorithm 1 l.15-18.
@@ -221,7 +241,14 @@ class KFACLayer(Layer):
         }
 
     def restored(self, state: Mapping[str, Any], settings: Settings) -> Callable[[], None]:
-        """What makes the layer take a state; it is left as it is until that is called.
+        """Makes ready to take a state.
+
+        Args:
+            state: of `state_dict`.
+            settings: of the processes.
+
+        Returns:
+            What makes the layer take it, which is left as it is until then.
 
         Raises:
             InputError: the state is of another process or another size.
@@ -233,7 +260,7 @@ class KFACLayer(Layer):
         def take() -> None:
             if self.asked and state["linear"] is not None:
                 self.linear = state["linear"]
-            self.factors, self._infos = factors, infos
+            self.factors, self._infos, self._configured = factors, infos, None
             self._kind = (saved["A"]["like"].dtype, self.weight.device) if saved else None
 
         return take
@@ -260,10 +287,6 @@ class KFACLayer(Layer):
         if side == "G":
             return (self.dimensions[1],)
         return (self.width, self.width + 1) if self.bias is not None else (self.width,)
-
-
-def _applied(inverse: DampedInverse) -> Inverse:
-    return inverse if inverse.lowrank.m < inverse.lowrank.d else DenseInverse(inverse.dense())
 
 
 def _scaled(X: Any, unit: float) -> Any:

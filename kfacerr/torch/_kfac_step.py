@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ..exceptions import InputError
 from ..stream import Columns
+from ._direction import Direction, Product, norm, scaled, zeroed
 from ._kfac_layer import KFACLayer
 from ._micro_batches import Tally
 from ._precision import rounding
-from ._product import Direction, Product, norm, scaled, zeroed
 from .distributed import Job, Team, update_together
+from .linear import finite_gradients
 
 if TYPE_CHECKING:
     from .kfac import KFAC
@@ -109,12 +110,12 @@ class KFACStep:
         looking = self.updating or optimizer.skip_nonfinite
         if not looking and not self.by_columns:
             return True
-        finite = optimizer._finite_gradients() if looking else []
+        finite = finite_gradients(optimizer._parameters()) if looking else []
         for pair in self.columns.values():  # a norm overflows where its factor would
             finite += [(torch.linalg.vector_norm(X) ** 2).isfinite() for X in pair]
         lost, optimizer._unfit = optimizer._unfit, {}
         differs = [self._differs(optimizer.layers[name], pair) for name, pair in self.by_columns.items()]
-        questions = [~optimizer._all_of(finite), *(last >= 0 for last in lost.values()), *differs]
+        questions = [~optimizer._all(finite), *(last >= 0 for last in lost.values()), *differs]
         skip, *answers = self.team.any(torch.stack([question.to(optimizer._home) for question in questions]))
         _report([item for item, was in zip(lost.items(), answers[: len(lost)], strict=True) if was])
         if skip:
@@ -174,7 +175,7 @@ class KFACStep:
             yield from layer.split(S).items()
 
     def _preconditioned(self, layer: KFACLayer) -> Direction:
-        inverses = layer.inverses(self.hyper.phi_lambda, self.hyper.settings.continuation)
+        inverses = layer.inverses(self.k, self.hyper.phi_lambda, self.hyper.settings.continuation)
         if inverses is not None:
             return layer.preconditioned(inverses, self.by_columns.get(layer.name))
         why = "no estimate yet" if not layer.factors else "no estimate yet, or one that is zero"
@@ -213,7 +214,15 @@ def _report(lost: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def tallies(layers: Sequence[KFACLayer], team: Team, k: int) -> dict[str, Tally]:
-    """What all processes together have of each layer, by name.
+    """Counts what all processes together have.
+
+    Args:
+        layers: the same for all processes.
+        team: the processes.
+        k: the step.
+
+    Returns:
+        By the layer's name.
 
     Raises:
         InputError: some processes have a gradient and others have none.
@@ -243,7 +252,15 @@ def tallies(layers: Sequence[KFACLayer], team: Team, k: int) -> dict[str, Tally]
 
 
 def agree(layers: Sequence[KFACLayer], team: Team, k: int) -> bool:
-    """Whether the processes' gradients are seen to be the same; False if there is nothing to see.
+    """Whether the processes' gradients are seen to be the same.
+
+    Args:
+        layers: those with a gradient.
+        team: the processes.
+        k: the step.
+
+    Returns:
+        False if there is nothing to see.
 
     Raises:
         InputError: they are not: nobody averages them.

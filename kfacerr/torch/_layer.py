@@ -1,28 +1,19 @@
 """A layer as the optimizers hold it: its gradient and its step as matrices (d_G, d_A), eq. (20)."""
 
 from collections.abc import Container, Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..stream import Columns
+from ._direction import Product
 from ._micro_batches import MicroBatch
-from ._product import Product
-from ._scaling import probe
+from ._scaling import ScaleProbe, probe
 from .columns import batch_size, is_transposed, layer_columns, weight_from_matrix, weight_matrix
 from .follower import Capture
 from .linear import FactoredParameter, forget, formed, has_gradient, held
 
-__all__ = ["Layer", "ScaleProbe"]
-
-
-class ScaleProbe(NamedTuple):
-    """A layer's `.grad v` and `G A^T v` (d_G,), and whether the backward ran in half precision."""
-
-    have: Tensor
-    want: Tensor
-    half: bool
+__all__ = ["Layer"]
 
 
 class Layer:

@@ -16,6 +16,9 @@ def rounding(module: torch.nn.Module, dtype: torch.dtype, device_type: str, prod
         dtype: of the gradients.
         device_type: of the layer.
         products: what `full_precision` gave, of matrix products.
+
+    Returns:
+        u.
     """
     unit = torch.finfo(dtype).eps
     if dtype != torch.float32:

@@ -5,13 +5,62 @@
 """
 
 import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["lost_scale", "probe"]
+from ..exceptions import InputError
+from .distributed import Team
+
+__all__ = ["ScaleCheck", "ScaleProbe", "probe"]
 
 _LEAST = 2**8  # a GradScaler starts from 2^16
+
+
+class ScaleProbe(NamedTuple):
+    """A layer's `.grad v` and `G A^T v` (d_G,), and whether the backward ran in half precision."""
+
+    have: Tensor
+    want: Tensor
+    half: bool
+
+
+class ScaleCheck:
+    """Sees once that .grad has the scale of the columns, where no `loss_scale` says that it has not."""
+
+    def __init__(self) -> None:
+        self._known = False
+
+    def is_open(self, loss_scale: float | Callable[[], float]) -> bool:
+        """Whether nobody knows as yet."""
+        return not (self._known or callable(loss_scale) or loss_scale != 1.0)
+
+    def look(self, probes: Iterable[ScaleProbe], team: Team, k: int) -> None:
+        """Looks at all layers of step k; waits for the device.
+
+        Args:
+            probes: this process's.
+            team: the processes.
+            k: the step.
+
+        Raises:
+            InputError: .grad is smaller by one power of two in all layers.
+        """
+        probes = list(probes)
+        if not probes:
+            return
+        home = probes[0].have.device
+        have = torch.cat([p.have.to(home, torch.float64) for p in probes])
+        want = team.sum(torch.cat([p.want.to(home, torch.float64) for p in probes]))
+        scale = _lost_scale(have, want, any(p.half for p in probes))
+        if scale is not None:
+            raise InputError(
+                f"step {k}: .grad is {scale:g} times smaller than G A^T of the columns, in all layers: with a "
+                "GradScaler pass loss_scale=scaler.get_scale (if .grad is meant to be, loss_scale=lambda: 1.0)"
+            )
+        self._known = True
 
 
 def probe(d: int, like: Tensor) -> Tensor:
@@ -20,19 +69,13 @@ def probe(d: int, like: Tensor) -> Tensor:
     return (2 * signs - 1).to(like)
 
 
-def lost_scale(have: Tensor, want: Tensor, half: bool = False) -> float | None:
-    """The power of two, at least 2^8, that all layers' .grad are too small by; None if there is none. Waits.
+def _lost_scale(have: Tensor, want: Tensor, half: bool) -> float | None:
+    """The power of two, at least 2^8, that all layers' .grad are too small by; None if there is none.
 
     Clipping shortens .grad by one factor too, but that is a power of two only by chance: to 1e-4 (1e-3 after a
     backward in half precision) once in thousands of runs among those whose first update clips by more than 2^8.
     Clipping by value and parts from elsewhere leave no common factor at all.
-
-    Args:
-        have: .grad times a vector, all layers in one.
-        want: G A^T times that vector.
-        half: whether the backward ran in half precision.
     """
-    have, want = have.double(), want.double()
     square, inner = torch.sum(have**2), torch.sum(have * want)
     apart = torch.linalg.vector_norm(want - have * (inner / square)) / torch.linalg.vector_norm(want)
     ratio, apart = torch.stack([inner / square, apart]).tolist()

@@ -57,9 +57,11 @@ def followable_layers(model: nn.Module) -> list[str]:
 class Capture:
     """One pass of one layer: its input and, after the backward, the gradient of its output.
 
-    Attributes:
+    Args:
         module: the layer.
-        x: its input, detached; no copy.
+        x: its input; detached, no copy.
+
+    Attributes:
         grad: of its output.
         backward: the number of the backward that brought `grad`.
         statistics: the running mean and variance that a batch norm in eval mode used; None for all else.
@@ -84,6 +86,11 @@ class Capture:
     def wanted(self) -> bool:
         """Whether the running backward is one that this capture waits for."""
         return self._open and wanted(self._node)
+
+    @property
+    def is_of_frozen_weight(self) -> bool:
+        """Whether the layer's weight is not trained, or is computed."""
+        return self._node is None
 
     @property
     def overwritten(self) -> bool:
@@ -123,6 +130,7 @@ class Follower:
         several: whether the captures of several backwards may wait side by side, as micro-batches. Those whose
             gradient has been cleared meanwhile are dropped then. If not, a second backward is refused.
         way_out: what errors advise, with "{name!r}" where the layer's name should stand.
+        frozen: whether passes of a layer whose weight is not trained are caught too.
 
     Attributes:
         enabled: whether gradients count.
@@ -130,12 +138,15 @@ class Follower:
         reached: names of the layers that a caught forward went through since the last `take`.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], *, several: bool, way_out: str) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], *, several: bool, way_out: str, frozen: bool = True
+    ) -> None:
         self.enabled = True
         self.active: set[str] = set()
         self.reached: set[str] = set()
         self._several = several
         self._way_out = way_out
+        self._frozen = frozen
         self._backward = Backward()
         self._captures: dict[str, list[Capture]] = {}
         self._handles: list[Any] = []
@@ -150,7 +161,10 @@ class Follower:
         self.active.add(name)
 
     def take(self) -> dict[str, list[Capture]]:
-        """The captures that backwards have reached since the last time, by layer and in their order; forgets them.
+        """The captures that backwards have reached since the last time; forgets them.
+
+        Returns:
+            By layer, in the order of the backwards.
 
         Raises:
             InputError: an input has been overwritten in place since the forward.
@@ -185,8 +199,10 @@ class Follower:
             return
         if torch._C._are_functorch_transforms_active():
             return
-        self.reached.add(name)
         capture = Capture(module, (*args, *kwargs.values())[0])
+        if capture.is_of_frozen_weight and not self._frozen:
+            return
+        self.reached.add(name)
         output.register_hook(lambda grad: self._on_gradient(name, capture, grad))
 
     def _on_gradient(self, name: str, capture: Capture, grad: Tensor) -> None:

@@ -11,7 +11,6 @@ each layer's step is `S = Gamma^-1 Mat(g) A^-1` (Algorithm 1 l.15-18), clipped; 
 learning rate act as in SGD. The processes are those of `kfacerr.processes`, the error study's own.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Unpack
 
@@ -28,11 +27,10 @@ from .columns import is_linear
 from .distributed import Team
 from .follower import Capture, shared_parameters, unfollowable
 from .layer_optimizer import LayerOptimizer, unwrapped
+from .linear import FactoredLinear
 from .policy import PRESETS, SGD, Given, Hyper, LayerPolicy, Scheduled, Schedules, check_policy, is_number
 
 __all__ = ["KFAC"]
-
-logger = logging.getLogger(__name__)
 
 _SCHEDULED = ("momentum", "weight_decay", "clip")
 
@@ -45,14 +43,14 @@ class KFAC(LayerOptimizer):
     plain SGD with the same learning rate, momentum and weight decay; the log says once what and why. So does a
     layer, step by step, whose factor is zero or has no estimate yet: its step is the plain gradient.
 
-    The micro-batches of a gradient accumulation act as the full batch. Where one step's gradients or columns have
-    NaN or Inf, the step is skipped: parameters, factors, momentum and `k` stay as they are. Factors are float32
-    (float64 for float64 models) with TF32 and autocast off, whatever the model's precision.
+    Where one step's gradients or columns have NaN or Inf, the step is skipped: parameters, factors, momentum and
+    `k` stay as they are. Factors are float32 (float64 for float64 models) with TF32 and autocast off, whatever the
+    model's precision.
 
     Several processes: with torch.distributed initialised, the model wrapped in DistributedDataParallel, and a loss
     that is a mean over each process's own batch, all keep one set of factors and take the step of one process with
-    all their batches; see `kfacerr.torch.distributed`. Layer names, and so checkpoints, are those of the model
-    inside. Every process makes an optimizer with the same arguments, and calls the same steps.
+    all their batches; see `kfacerr.torch.distributed`. Every process makes an optimizer with the same arguments,
+    and calls the same steps.
 
     A `FactoredLinear` (`kfacerr.torch.factored`) gets Algorithm 8 without being asked to, and its gradient is not
     formed unless something reads .grad. The step uses it up: after it .grad is None.
@@ -81,9 +79,9 @@ class KFAC(LayerOptimizer):
             the gradient was clipped or changed otherwise, or has parts from elsewhere (a penalty in the loss), is
             taken by Algorithm 1, and the log says so once. .grad is formed all the same, but for a FactoredLinear.
         fisher: "empirical" or "sampled"; see `sample_fisher`.
-        loss_scale: what the loss is multiplied with before `backward()`, while .grad is unscaled before `step()`;
-            for a GradScaler pass `scaler.get_scale`. If it is left at 1, the first update refuses a .grad that is
-            smaller than the columns' by one power of two in all layers, from 2^8 on: a scale nobody declared.
+        loss_scale: see `LayerOptimizer`; for a GradScaler pass `scaler.get_scale`. If it is left at 1, the first
+            update refuses a .grad that is smaller than the columns' by one power of two in all layers, from 2^8
+            on: a scale that nobody declared.
         skip_nonfinite: look at every step for NaN and Inf, which makes the host wait for the device. Without it,
             only steps that update factors are looked at; GradScaler looks at them all anyway.
         data_parallel: whether the processes of torch.distributed, if it is initialised, train one model; False if
@@ -96,7 +94,6 @@ class KFAC(LayerOptimizer):
             See `kfacerr.torch.policy.DEFAULTS`.
 
     Attributes:
-        k: number of steps taken.
         epoch: the epoch that schedules see; may be set.
         layers: the preconditioned layers by name.
 
@@ -134,18 +131,12 @@ class KFAC(LayerOptimizer):
         data_parallel: bool = True,
         **hyper: Unpack[Given],
     ) -> None:
-        for what, value, among in (
-            ("algorithm", algorithm, PRESETS),
-            ("continuation", hyper.get("continuation", "min"), CONTINUATIONS),
-            ("clip_by", clip_by, ("layer", "kl")),
-            ("fisher", fisher, ("empirical", "sampled")),
-        ):
-            _check_choice(what, value, among)
+        _check_choice("algorithm", algorithm, PRESETS)
+        _check_choice("continuation", hyper.get("continuation", "min"), CONTINUATIONS)
+        _check_choice("clip_by", clip_by, ("layer", "kl"))
+        _check_choice("fisher", fisher, ("empirical", "sampled"))
         if linear_application and fisher == "sampled":
-            raise InputError(
-                "linear_application (Algorithm 8) needs fisher='empirical': with sampled labels, G A^T is not the "
-                "gradient"
-            )
+            raise InputError("linear_application needs fisher='empirical': of sampled labels G A^T is no gradient")
         if steps_per_epoch is not None and steps_per_epoch < 1:
             raise InputError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
         self.algorithm = algorithm
@@ -154,17 +145,14 @@ class KFAC(LayerOptimizer):
         self.steps_per_epoch = steps_per_epoch
         self.clip_by = clip_by
         self.linear_application = linear_application
-        names = (linear_application,) if isinstance(linear_application, str) else linear_application
-        self._named = () if isinstance(names, bool) else tuple(names)  # the layers that Algorithm 8 is asked for
         self.fisher = fisher
         self._group_schedules: list[dict[str, Callable[[int], float]]] = []
         self._unfit: dict[str, Tensor] = {}  # the last step whose S was not finite, by layer, on its device
-        _check_policies(model, self.policy, self._named)
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "clip": clip}
+        _check_names(model, self.policy, self._named)
         super().__init__(
             model,
             params,
-            defaults,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "clip": clip},
             loss_scale=loss_scale,
             skip_nonfinite=skip_nonfinite,
             data_parallel=data_parallel,
@@ -226,20 +214,26 @@ class KFAC(LayerOptimizer):
             self._first_fc = next((name for name, m in trained if not self._why_plain("", m, shared)), None)
         super()._follow()
 
+    @property
+    def _named(self) -> tuple[str, ...]:
+        """The layers that Algorithm 8 is asked for by name."""
+        names = self.linear_application
+        if isinstance(names, bool):
+            return ()
+        return (names,) if isinstance(names, str) else tuple(names)
+
     def _made_layer(self, name: str, module: nn.Module, shared: set[nn.Parameter]) -> KFACLayer:
         preset = PRESETS[self.algorithm]
         policy = self.policy.get(name, preset.first_fc if name == self._first_fc else preset.others)
-        layer = KFACLayer(name, module, self._mine, shared, policy)
-        asked = self.linear_application is True or name in self._named
-        if asked or (layer.is_factored and self.fisher == "empirical"):
-            layer.ask_linear()
-        elif layer.is_factored:
+        empirical, factored = self.fisher == "empirical", isinstance(module, FactoredLinear)
+        asked = self.linear_application is True or name in self._named or (factored and empirical)
+        if factored and not empirical:
             self._say(
                 f"sampled {name}",
                 f"layer {name!r}: fisher='sampled', where G A^T is not the gradient: Algorithm 1, and the "
                 "FactoredLinear's gradient is formed",
             )
-        return layer
+        return KFACLayer(name, module, self._mine, shared, policy, asked=asked)
 
     def _wanted(self) -> set[str]:
         """All layers in T_updt steps; those of Algorithm 8 always."""
@@ -272,7 +266,6 @@ class KFAC(LayerOptimizer):
             likelihood = LIKELIHOODS[likelihood]
         if self.k % self.hyper.T_updt:
             return
-        assert self._follower is not None
         layers = [layer for layer in self.layers.values() if layer.is_optimized and layer.weight.requires_grad]
         if not any(layer.has_gradient for layer in layers):
             for layer in layers:  # the gradients that the columns belonged to are gone
@@ -293,6 +286,10 @@ class KFAC(LayerOptimizer):
 
     # ---------------------------------------------------------------------------------------------- step
 
+    def _discard(self) -> None:
+        super()._discard()
+        self._samples = 0
+
     def _check(self) -> None:
         super()._check()
         _ = self.hyper  # refuses a schedule without an epoch
@@ -307,14 +304,14 @@ class KFAC(LayerOptimizer):
         for name, pair in (*step.columns.items(), *step.by_columns.items()):
             self.layers[name].check_kind(self.k, pair)
         if step.updating:
-            if self.fisher == "empirical":
-                self._check_scale((self.layers[name].scale_probe(team.size) for name in step.columns), team)
+            if self.fisher == "empirical" and self._scale.is_open(self.loss_scale):
+                self._scale.look((self.layers[name].scale_probe(team.size) for name in step.columns), team, self.k)
             step.update()
         for group, scheduled in zip(self.param_groups, self._group_schedules, strict=True):
             if scheduled:
                 group.update({name: schedule(self.epoch) for name, schedule in scheduled.items()})
                 self._check_group(group)
-        self._descend_all(step.directions())
+        self._descend(step.directions())
         return True
 
     # --------------------------------------------------------------------------------------------- state
@@ -340,7 +337,7 @@ class KFAC(LayerOptimizer):
         return take
 
 
-def _check_policies(model: nn.Module, policy: Any, named: Sequence[str]) -> None:
+def _check_names(model: nn.Module, policy: Any, named: Sequence[str]) -> None:
     """Refuses a policy, or a layer for Algorithm 8, that the model has not."""
     if not isinstance(policy, Mapping):
         raise InputError(f"policy must map layer names to choices, got {policy!r}")

@@ -6,10 +6,9 @@ gives each layer's direction d; then `buf = momentum buf + d + weight_decay p`, 
 """
 
 import logging
-import math
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 
 from ..array import map_arrays
 from ..exceptions import InputError
-from ._layer import Layer, ScaleProbe
+from ._direction import Direction, descend
+from ._layer import Layer
 from ._precision import full_precision
-from ._product import Direction, Product
-from ._scaling import lost_scale
+from ._scaling import ScaleCheck
 from .distributed import Team, is_sharded
 from .follower import Capture, Follower, release, shared_parameters, unfollowable
-from .linear import forget, formed, held
+from .linear import forget
 from .policy import is_number
 
 __all__ = ["LayerOptimizer", "unwrapped"]
@@ -65,10 +64,9 @@ class LayerOptimizer(torch.optim.Optimizer):
     _plain: ClassVar[str]  # what is done with the gradients of all other parameters
     _way_out: ClassVar[str]  # what errors in following a layer advise
 
-    _follower: Follower | None = None
-    _scale_known = False  # whether .grad was seen to have the scale of the columns
+    _follower: Follower
     _rounding = 0.0  # of float32 products in the backward
-    _take_state: Callable[[], None]  # takes the state that is being loaded
+    _take_state: Callable[[], None]  # the one that is being loaded
 
     def __init__(
         self,
@@ -91,6 +89,7 @@ class LayerOptimizer(torch.optim.Optimizer):
         self._mine: set[Tensor] = set()
         self._said: set[str] = set()
         self._skipped = 0  # steps, for NaN or Inf
+        self._scale = ScaleCheck()
         if params is None:
             params = list(model.parameters())
             if not any(p.requires_grad for p in model.parameters()):
@@ -127,7 +126,10 @@ class LayerOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Refuses settings of a parameter group that are out of range."""
         for name in ("lr", "momentum", "weight_decay"):
-            check_number(name, group[name])
+            if not is_number(group[name]):
+                raise InputError(f"{name} must be a number, got {group[name]!r}")
+            if not group[name] >= 0:
+                raise InputError(f"{name} must not be negative, got {group[name]}")
 
     def _undirected(self, grad: Tensor, group: Mapping[str, Any]) -> Tensor:
         """The direction of a parameter that no layer gave one to."""
@@ -147,11 +149,11 @@ class LayerOptimizer(torch.optim.Optimizer):
                 )
             self._mine.add(p)
             self.state[p]  # torch.distributed.checkpoint takes a parameter without an entry for a missing one
-        if self._follower is not None:
+        if hasattr(self, "_follower"):
             self._follow()
 
     def _hook_up(self) -> None:
-        self._follower = Follower({}, several=True, way_out=self._way_out)
+        self._follower = Follower({}, several=True, way_out=self._way_out, frozen=False)
         weakref.finalize(self, self._follower.close).atexit = False
         for name, layer in self.layers.items():
             self._follower.follow(name, layer.module)
@@ -162,7 +164,6 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     def _follow(self) -> None:
         """Follows the layers that can be preconditioned and are not yet; tells the log about the rest."""
-        assert self._follower is not None
         shared = shared_parameters(self.model)
         plain: dict[int, list[str]] = {logging.WARNING: [], logging.INFO: []}
         for name, module in self.model.named_modules():
@@ -201,13 +202,11 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     def _switch(self) -> None:
         """Columns are caught where the coming step needs them."""
-        if self._follower is not None:
-            self._follower.active = self._wanted()
+        self._follower.active = self._wanted()
 
     def close(self) -> None:
         """Removes the hooks from the model, as does the end of the optimizer's life."""
-        if self._follower is not None:
-            self._follower.close()
+        self._follower.close()
 
     def _say(self, key: str, message: str, level: int = logging.WARNING) -> None:
         """To the log, once."""
@@ -235,20 +234,21 @@ class LayerOptimizer(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            InputError: the step cannot be taken as things are; nothing has been changed.
+            InputError: the step cannot be taken as things are; the columns are lost, and nothing else is changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        assert self._follower is not None
         self._check()
         captures = self._follower.take()
         self._read_scale()
-        with full_precision(self._home.type) as self._rounding:
-            taken = self._advance(captures, Team(self.data_parallel))
-        release(captures)
-        self._discard()
+        try:
+            with full_precision(self._home.type) as self._rounding:
+                taken = self._advance(captures, Team(self.data_parallel))
+        finally:
+            release(captures)
+            self._discard()
         if taken:
             self.k += 1
         else:
@@ -256,16 +256,35 @@ class LayerOptimizer(torch.optim.Optimizer):
         self._switch()
         return loss
 
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        return (p for group in self.param_groups for p in group["params"])
+
     @property
     def _home(self) -> torch.device:
         """The device of the first parameter."""
-        return next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
+        return next((p.device for p in self._parameters()), torch.device("cpu"))
+
+    def _all(self, flags: Sequence[Tensor]) -> Tensor:
+        """Whether all flags are raised, a 0-d boolean at home."""
+        home = self._home
+        up = torch.ones((), dtype=torch.bool, device=home)
+        return torch.stack([up, *(flag.to(home) for flag in flags)]).all()
 
     def _read_scale(self) -> float:
+        """The loss scale, which the layers are told."""
         scale = float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
         for layer in self.layers.values():
             layer.loss_scale = scale
         return scale
+
+    def _say_skipped(self) -> None:
+        """To the log, at the 1st, 2nd, 4th, 8th, ... time."""
+        self._skipped += 1
+        if self._skipped & (self._skipped - 1):
+            return
+        so_far = f" ({self._skipped} so far)" if self._skipped > 1 else ""
+        what = "NaN or Inf in the gradients or columns, the step is skipped"
+        logger.warning("%s, step %d: %s%s", type(self).__name__, self.k, what, so_far)
 
     def _check(self) -> None:
         """Refuses a step that cannot be taken; says which layers were changed behind the optimizer's back."""
@@ -281,107 +300,18 @@ class LayerOptimizer(torch.optim.Optimizer):
             self._say(f"lost {name}", f"layer {name!r}: its weight {why} now; it is no longer preconditioned")
 
     def _discard(self) -> None:
-        if self._follower is not None:
-            self._follower.forget()
+        self._follower.forget()
         for layer in self.layers.values():
             layer.discard()
 
-    def _descend_all(self, directions: Iterable[tuple[nn.Parameter, Direction]]) -> None:
+    def _descend(self, directions: Iterable[tuple[nn.Parameter, Direction]]) -> None:
         """SGD with momentum: first the parameters that have a direction, then the others by their gradient."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for p, direction in directions:
-            self._descend(p, direction, groups.pop(p))
+            descend(p, direction, groups.pop(p), self.state[p])
         for p, group in groups.items():
             if p.grad is not None:
-                self._descend(p, self._undirected(p.grad, group), group)
-
-    def _descend(self, p: nn.Parameter, direction: Direction, group: Mapping[str, Any]) -> None:
-        """SGD with `direction` in the gradient's place."""
-        lr, decay, momentum = float(group["lr"]), group["weight_decay"], group["momentum"]
-        if isinstance(direction, Product):
-            if direction.fits(p):
-                self._descend_product(p, direction, lr, decay, momentum)
-                return
-            direction = direction.formed().reshape(p.shape)
-        if direction.is_sparse and (decay or momentum):
-            direction = direction.to_dense()
-        step = direction.to(p.dtype)
-        if decay:
-            step = step + decay * p
-        if momentum:
-            state = self.state[p]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = step.clone()
-            else:
-                state["momentum_buffer"].mul_(momentum).add_(step)
-            step = state["momentum_buffer"]
-        p.add_(step, alpha=-lr)
-
-    def _descend_product(
-        self, p: nn.Parameter, direction: Product, lr: float, decay: float, momentum: float
-    ) -> None:
-        """The same for a direction that is not formed."""
-        if not momentum:
-            direction.add_to(p, beta=1 - lr * decay, alpha=-lr)
-            return
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        buffer = state["momentum_buffer"]
-        direction.add_to(buffer, beta=momentum, alpha=1.0)
-        if decay:
-            buffer.add_(p, alpha=decay)
-        p.add_(buffer, alpha=-lr)
-
-    # --------------------------------------------------------------------------------------- what is looked at
-
-    def _finite_gradients(self) -> list[Tensor]:
-        """0-d booleans: whether the gradients, formed or held as factors, are finite."""
-        finite = []
-        for p in (p for group in self.param_groups for p in group["params"]):
-            parts = [] if (g := formed(p)) is None else [g.coalesce().values() if g.is_sparse else g]
-            for share in held(p):
-                parts += [share.grad] if share.x is None else [share.grad, share.x]
-            finite += [torch.linalg.vector_norm(X, math.inf).isfinite() for X in parts if X.numel()]
-        return finite
-
-    def _all_of(self, flags: Sequence[Tensor]) -> Tensor:
-        """Whether all flags are raised, a 0-d boolean at home."""
-        if not flags:
-            return torch.ones((), dtype=torch.bool, device=self._home)
-        return torch.stack([flag.to(self._home) for flag in flags]).all()
-
-    def _say_skipped(self) -> None:
-        """To the log, at the 1st, 2nd, 4th, 8th, ... time."""
-        self._skipped += 1
-        if self._skipped & (self._skipped - 1):
-            return
-        so_far = f" ({self._skipped} so far)" if self._skipped > 1 else ""
-        logger.warning(
-            "%s, step %d: NaN or Inf in the gradients or columns, the step is skipped%s",
-            type(self).__name__,
-            self.k,
-            so_far,
-        )
-
-    @property
-    def _scale_in_question(self) -> bool:
-        """Whether nobody knows as yet that .grad has the scale of the columns."""
-        return not (self._scale_known or callable(self.loss_scale) or self.loss_scale != 1.0)
-
-    def _check_scale(self, probes: Iterable[ScaleProbe], team: Team) -> None:
-        """Once: whether .grad has the scale of the columns, where no `loss_scale` says that it has not."""
-        if not self._scale_in_question or not (probes := list(probes)):
-            return
-        have = torch.cat([p.have.to(self._home, torch.float64) for p in probes])
-        want = torch.cat([p.want.to(self._home, torch.float64) for p in probes])
-        scale = lost_scale(have, team.sum(want), any(p.half for p in probes))
-        if scale is not None:
-            raise InputError(
-                f"step {self.k}: .grad is {scale:g} times smaller than G A^T of the columns, in all layers: with "
-                "a GradScaler pass loss_scale=scaler.get_scale (if .grad is meant to be, loss_scale=lambda: 1.0)"
-            )
-        self._scale_known = True
+                descend(p, self._undirected(p.grad, group), group, self.state[p])
 
     # --------------------------------------------------------------------------------------------- state
 
@@ -413,7 +343,7 @@ def _write_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
 
 def _read_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(optimizer, LayerOptimizer)
-    first, *others = state_dict["param_groups"]
+    first, *others = state_dict.get("param_groups") or [{}]
     first = dict(first)
     own = first.pop(optimizer._key, None)
     if own is None:
@@ -432,16 +362,14 @@ def _take_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer._switch()
 
 
-def check_number(name: str, value: Any) -> None:
-    """Refuses a setting that is no number, or is negative."""
-    if not is_number(value):
-        raise InputError(f"{name} must be a number, got {value!r}")
-    if not value >= 0:
-        raise InputError(f"{name} must not be negative, got {value}")
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that DistributedDataParallel, DataParallel and torch.compile call; it names the layers.
+    """What names the layers: the module that DistributedDataParallel, DataParallel and torch.compile call.
+
+    Args:
+        model: the module, or what wraps it.
+
+    Returns:
+        The module.
 
     Raises:
         InputError: that is no module.

@@ -115,6 +115,17 @@ def has_gradient(p: Tensor) -> bool:
     return bool(held(p)) or formed(p) is not None
 
 
+def finite_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """0-d booleans: whether the gradients, formed or held as factors, are finite."""
+    finite = []
+    for p in parameters:
+        parts = [] if (g := formed(p)) is None else [g.coalesce().values() if g.is_sparse else g]
+        for share in held(p):
+            parts += [share.grad] if share.x is None else [share.grad, share.x]
+        finite += [torch.linalg.vector_norm(X, float("inf")).isfinite() for X in parts if X.numel()]
+    return finite
+
+
 def forget(parameters: Iterable[Tensor]) -> None:
     """Drops what is held as factors."""
     for p in parameters:
@@ -182,12 +193,6 @@ class FactoredLinear(nn.Linear):
     """
 
     defer = True
-
-    def form_grad(self) -> None:
-        """Forms `.grad` from its factors now, as reading it does."""
-        for p in self.parameters(recurse=False):
-            if isinstance(p, FactoredParameter):
-                p.form()
 
     def forward(self, input: Tensor) -> Tensor:
         if not (self.defer and torch.is_grad_enabled() and self._may_defer()):

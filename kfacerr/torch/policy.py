@@ -134,7 +134,11 @@ class Hyper(NamedTuple):
 
 
 class Schedules:
-    """Hyper-parameters as given, by the paper's names: each a number, or a function of the epoch.
+    """Hyper-parameters by the paper's names: each a number, or a function of the epoch.
+
+    Args:
+        preset: for T_brand.
+        given: what differs from `DEFAULTS`.
 
     Raises:
         InputError: a number is out of range.
@@ -157,7 +161,13 @@ class Schedules:
         return any(callable(value) for value in self._given.values())
 
     def at(self, epoch: int) -> Hyper:
-        """The values in `epoch`.
+        """The values in an epoch.
+
+        Args:
+            epoch: counted from 0.
+
+        Returns:
+            Numbers.
 
         Raises:
             InputError: a value is out of range.
@@ -187,6 +197,10 @@ def choice_of_side(policy: LayerPolicy, side: str) -> Choice:
 def check_policy(layer: str, policy: LayerPolicy) -> None:
     """Refuses what is no policy for a layer.
 
+    Args:
+        layer: its name.
+        policy: what may be none.
+
     Raises:
         InputError: names the layer.
     """
@@ -206,9 +220,17 @@ def check_policy(layer: str, policy: LayerPolicy) -> None:
 
 
 def named_process(choice: Choice, info: FactorInfo, settings: Settings) -> tuple[str, Process]:
-    """The process of `choice` and what it is called; one that needs r + n < d gives way where it is not (§3.5).
+    """The process of a choice; one that needs r + n < d gives way where it has no room (§3.5).
 
     Draws differ between layers, factors and algorithms, and repeat with the seed.
+
+    Args:
+        choice: of the factor.
+        info: the factor.
+        settings: of the process.
+
+    Returns:
+        What it is called, and the process.
 
     Raises:
         InputError: a function made no process.

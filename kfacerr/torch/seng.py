@@ -30,11 +30,13 @@ from ._curvature import (
     compressed,
     dense_gradients,
 )
-from ._layer import Layer, ScaleProbe
-from ._product import Product
+from ._direction import Direction
+from ._layer import Layer
+from ._scaling import ScaleProbe
 from .distributed import Team
 from .follower import Capture, shared_parameters
 from .layer_optimizer import LayerOptimizer, unwrapped
+from .linear import finite_gradients
 from .policy import is_number
 
 __all__ = ["SENG", "seng_learning_rate"]
@@ -187,9 +189,7 @@ class SENG(LayerOptimizer):
             loss_scale=loss_scale,
             skip_nonfinite=skip_nonfinite,
             data_parallel=data_parallel,
-            left_out=()
-            if layers is None
-            else {name for name, _ in unwrapped(model).named_modules()} - set(layers),
+            left_out=names - set(names if layers is None else layers),
         )
         modules = dict(self.model.named_modules())
         for name in layers or ():
@@ -231,15 +231,15 @@ class SENG(LayerOptimizer):
             )
 
     def _advance(self, captures: Mapping[str, Sequence[Capture]], team: Team) -> bool:
-        if (self.skip_nonfinite or self._due) and not bool(self._all_of(self._finite_gradients())):
+        if (self.skip_nonfinite or self._due) and not bool(self._all(finite_gradients(self._parameters()))):
             return False
         if self._due:
             self._refresh(captures, team)
-        self._descend_all(self._directions())
+        self._descend(self._directions())
         self._age = None if self._age is None else self._age + 1
         return True
 
-    def _directions(self) -> Iterator[tuple[nn.Parameter, Tensor | Product]]:
+    def _directions(self) -> Iterator[tuple[nn.Parameter, Direction]]:
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for layer in self.layers.values():
             if layer.curvature is not None and layer.has_gradient:
@@ -266,7 +266,7 @@ class SENG(LayerOptimizer):
                     f"unreached {name}",
                     f"no backward reached layer {name!r} at step {self.k}: no new curvature",
                 )
-        self._check_scale(probes, team)
+        self._scale.look(probes, team, self.k)
         for name, curvature in new.items():
             self.layers[name].curvature = curvature
             self._age = 0
@@ -278,7 +278,7 @@ class SENG(LayerOptimizer):
             if isinstance(layer.module, _BATCH_NORM):
                 return Curvature.of(layer.norm_gradients(captures))
             layer.collect(captures)
-            if self._scale_in_question and layer.has_gradient:
+            if self._scale.is_open(self.loss_scale) and layer.has_gradient:
                 probes.append(layer.scale_probe())
             parts, layer.parts = layer.parts, []
             batches = [part.batch for part in parts]

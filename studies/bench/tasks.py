@@ -186,9 +186,10 @@ def application(d: int, r: int, n: int, place: Place, rng: np.random.Generator, 
     for rows in (d, hidden):
         estimate = running(r, [put(columns(rows, n, rng)) for _ in range(3)]).estimate
         assert estimate is not None
-        inverses.append(damped_inverse(estimate.lowrank, phi=PHI))
+        inverse = damped_inverse(estimate.lowrank, phi=PHI)
+        inverse.apply(put(columns(rows, 1, rng)))  # what it keeps is made at its first use
+        inverses.append(inverse)
     of_A, of_G = inverses
-    _ = of_A.weights, of_A.shift, of_G.weights, of_G.shift
     G = put(columns(hidden, n, rng))
 
     def linear(X: Any) -> Run:

@@ -1,14 +1,20 @@
 """Damping, continuation and the application of the inverse: Algorithm 1 l.15-18, Algorithm 8, §3.5."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kfacerr import inverse as inverse_module
+from kfacerr.array import cholesky_inverse
 from kfacerr.brand import symmetric_brand
 from kfacerr.exceptions import InputError
 from kfacerr.inverse import (
     CONTINUATIONS,
+    DenseInverse,
+    Exact,
     continuation_level,
     damped_inverse,
     exact_inverse,
@@ -17,6 +23,7 @@ from kfacerr.inverse import (
     precondition_linear,
 )
 from kfacerr.lowrank import LowRank
+from kfacerr.metrics import inverse_error
 from tests import reference
 from tests.strategies import SPECTRA, generators, orthogonal, psd, psd_matrices, spectrum
 
@@ -161,6 +168,38 @@ def test_lanczos_survives_invariant_subspaces(xp):
     assert lambda_max(xp.array(spike)) == pytest.approx(5, rel=1e-14)
 
 
+@pytest.mark.parametrize("exponent", [-110, -70, -40, 40, 70, 110])
+def test_lanczos_finds_it_over_all_of_float32(xp, exponent):
+    """The residual's squares vanish from 1e-20 on: it seemed to have converged at once."""
+    M = psd(np.random.default_rng(0), "slow decay", 40)
+    top = lambda_max(xp.array(np.ldexp(M, exponent), np.float32))
+    assert np.ldexp(top, -exponent) == pytest.approx(1, rel=2e-6)
+
+
+@KINDS
+@pytest.mark.parametrize("phi", [1e-8, 1e-6, 1e-3, 1.0])
+def test_the_inverse_of_a_complete_float32_representation_does_not_cancel(xp, continuation, phi):
+    """All d modes present and a flat spectrum: 1/lam is far above all eigenvalues of the inverse."""
+    d = 30
+    U, D = orthogonal(np.random.default_rng(0), d), np.linspace(2, 1, d)
+    low, trace = LowRank(xp.array(U, np.float32), xp.array(D, np.float32)), xp.array(D.sum(), np.float32)
+    inverse = damped_inverse(low, phi=phi, continuation=continuation, trace=trace)
+    expected = (U / (D + 2 * phi)) @ U.T
+    X = np.random.default_rng(1).standard_normal((d, 3))
+    applied = xp.numpy(inverse.apply(xp.array(X, np.float32)))
+    for got, true in ((xp.numpy(inverse.dense()), expected), (applied, expected @ X)):
+        assert np.linalg.norm(got - true) <= 4e-7 * np.linalg.norm(true)
+    assert inverse_error(inverse, DenseInverse(xp.array(expected, np.float32))) <= 4e-7
+
+
+def test_an_absent_mode_among_d_keeps_its_eigenvalue(xp):
+    """m = d, but a mode is numerically zero and its column of U too: 1/(lam + tau) is there all the same."""
+    U, D = np.eye(4), np.array([4.0, 2.0, 1.0, 0.0])
+    U[3, 3] = 0
+    inverse = damped_inverse(lift(xp, U, D), phi=0.1, continuation="none")
+    np.testing.assert_allclose(xp.numpy(inverse.dense()), np.diag(1 / (D + 0.4)), rtol=1e-14)
+
+
 @pytest.mark.parametrize("scale", [1e-36, 1e-30, 1e-20, 1.0, 1e20, 1e37])
 @KINDS
 def test_the_inverse_of_a_scaled_factor_is_the_scaled_inverse_over_all_of_float32(continuation, scale):
@@ -193,3 +232,48 @@ def test_bad_damping_is_refused(xp):
         exact_inverse(xp.array(np.zeros((3, 3))), phi=0.1)
     with pytest.raises(InputError, match="NaN or Inf"):
         exact_inverse(xp.array(np.full((3, 3), np.nan)), phi=0.1)
+
+
+@given(M=psd_matrices(), phi=PHIS)
+def test_a_factor_kept_whole_has_the_modes_of_its_evd_and_the_references_inverse(xp, M, phi):
+    held = Exact(xp.array(M))
+    assert held.d == held.m == len(M) and held.mix is None
+    slack = 64 * len(M) * EPS * np.linalg.norm(M)
+    assert np.linalg.norm(xp.numpy(held.dense()) - M) <= slack
+    assert abs(float(held.trace()) - np.trace(M)) <= slack
+    inverse, lam = held.inverse(phi=phi)
+    expected, of_reference = exact_inverse(xp.array(M), phi=phi)
+    assert float(lam) == float(of_reference)
+    assert np.array_equal(xp.numpy(inverse.dense()), xp.numpy(expected.dense()))
+
+
+def test_a_factor_kept_whole_is_inverted_once_a_damping_and_without_an_evd(fast_xp, monkeypatch):
+    held = Exact(fast_xp.array(psd(np.random.default_rng(0), "slow decay", 9)))
+    monkeypatch.setattr(inverse_module, "evd", None)
+    one, lam = held.inverse(phi=0.1)
+    assert held.inverse(phi=0.1)[0] is one and held.inverse(lam=lam)[0] is one
+    other, more = held.inverse(phi=0.2)
+    assert other is not one and float(more) == pytest.approx(2 * float(lam), rel=1e-14)
+    assert np.array_equal(fast_xp.numpy(held.inverse(lam=lam)[0].dense()), fast_xp.numpy(one.dense()))
+
+
+def test_the_reference_needs_one_array_of_the_factors_size_and_leaves_the_factor_as_it_is():
+    d = 700
+    M = np.diag(np.linspace(1, 2, d)) + np.ones((d, d))
+    before = M.copy()
+    tracemalloc.start()
+    inverse, lam = exact_inverse(M, phi=0.1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 1.3 * M.nbytes
+    assert np.array_equal(M, before)
+    assert np.abs(inverse.dense() @ (M + float(lam) * np.eye(d)) - np.eye(d)).max() <= 1e-12
+    assert np.array_equal(inverse.dense(), inverse.dense().T)
+
+
+def test_torch_inverts_in_the_place_of_what_may_be_overwritten():
+    torch = pytest.importorskip("torch")
+    M = torch.eye(300, dtype=torch.float64) + 1
+    inverse = cholesky_inverse(M, overwrite=True)
+    assert inverse.data_ptr() == M.data_ptr()
+    assert (inverse @ (torch.eye(300, dtype=torch.float64) + 1) - torch.eye(300)).abs().max() <= 1e-13

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kfacerr import metrics
 from kfacerr.inverse import DenseInverse, damped_inverse
 from kfacerr.lowrank import LowRank
-from kfacerr.metrics import angle_error, inverse_error, norm_error
+from kfacerr.metrics import angle_error, inverse_error, norm_error, step_coordinates
 from tests import reference
 from tests.strategies import generators, orthogonal, psd, spectrum
 
@@ -87,3 +87,27 @@ def test_no_error_is_zero_to_rounding(xp):
     inverse = damped_inverse(LowRank(xp.array(U), xp.array(D)), phi=0.1)
     exact = (U / (D + 0.1)) @ U.T
     assert inverse_error(inverse, DenseInverse(xp.array(exact))) <= 1e-14
+
+
+@pytest.mark.parametrize(("dtype", "accuracy"), [(np.float64, 1e-12), (np.float32, 2e-6)])
+@given(rng=generators, size=st.sampled_from([1.0, 0.1, 1e-3]), d_G=st.sampled_from([5, 6, 7, 40]))
+def test_steps_compared_by_their_coordinates_have_the_errors_of_the_plain_formula(
+    xp, dtype, accuracy, rng, size, d_G
+):
+    """Accurate as the formed steps are: to the round-off of S itself, not of the difference."""
+    n, d_A = 3, 50
+    P_ref, Q_ref = rng.standard_normal((d_G, n)), rng.standard_normal((d_A, n))
+    P, Q = P_ref + size * rng.standard_normal((d_G, n)), Q_ref - size * rng.standard_normal((d_A, n))
+    S, S_ref = step_coordinates(*(xp.array(X, dtype) for X in (P, Q, P_ref, Q_ref)))
+    assert tuple(S.shape) == tuple(S_ref.shape) == (min(d_G, 2 * n), d_A)
+    plain = P @ Q.T, P_ref @ Q_ref.T
+    assert norm_error(S, S_ref) == pytest.approx(reference.relative_error(*plain), rel=accuracy, abs=accuracy)
+    assert angle_error(S, S_ref) == pytest.approx(reference.angle_error(*plain), rel=accuracy, abs=accuracy)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
+def test_steps_that_are_the_same_are_so_in_coordinates(xp, scale):
+    rng = np.random.default_rng(0)
+    P, Q = (xp.array(scale * rng.standard_normal((30, 4)), np.float32) for _ in range(2))
+    S, S_ref = step_coordinates(P, Q, P, Q)
+    assert norm_error(S, S_ref) == angle_error(S, S_ref) == 0

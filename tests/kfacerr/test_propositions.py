@@ -8,7 +8,7 @@ import array_api_strict
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kfacerr import propositions
@@ -21,8 +21,9 @@ from kfacerr.process import Process
 from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
 from kfacerr.propositions import Identity, Inequality, Psd, norms, trajectory
 from kfacerr.rsvd import rsvd, srevd
+from tests.conftest import examples
 
-QUICK = settings(max_examples=80, deadline=None, derandomize=True)
+QUICK = examples(80)
 KINDS = {
     "numpy float64": np.zeros(1),
     "numpy float32": np.zeros(1, dtype=np.float32),

@@ -8,7 +8,7 @@ import sys
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kfacerr.exceptions import InputError
@@ -96,7 +96,6 @@ def _fault(path) -> str:
 # --------------------------------------------------------------------------------------- round trip
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     ks=st.lists(st.integers(0, 2**40), unique=True, max_size=6),
     with_phi=st.booleans(),

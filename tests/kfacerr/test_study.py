@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kfacerr import inverse as inverse_module
 from kfacerr.algorithms import SEVEN, Algorithm
 from kfacerr.array import device_array
 from kfacerr.exceptions import InputError
@@ -201,6 +202,20 @@ def test_kfac_measured_where_it_is_exact_has_no_error():
     study = ErrorStudy(["K-FAC T_inv=4"], EXACT, WINDOWS, phi=PHI)
     rows = rows_of(study, make_steps())
     assert rows and max(row.value for row in rows) <= 1e-12
+
+
+def test_each_update_has_one_inverse_a_factor_and_exact_kfac_none_of_its_own(fast_xp, monkeypatch):
+    """Stale K-FAC is an earlier reference: neither an EVD nor a second Cholesky inverse, for any continuation."""
+    made = []
+    inverted = inverse_module.cholesky_inverse
+    monkeypatch.setattr(inverse_module, "cholesky_inverse", lambda *a, **b: made.append(1) or inverted(*a, **b))
+    monkeypatch.setattr(inverse_module, "evd", None)
+    names = ["K-FAC T_inv=12", "K-FAC T_inv=12 continuation=trace"]
+    rows = rows_of(ErrorStudy(names, EXACT, [Window(20, 27)], phi=PHI), make_steps(fast_xp))
+    assert len(rows) == 27 * 4 * 2
+    assert len(made) == 2 * 7  # at 20, 24, ..., 44, of A and of G
+    assert all(row.value == 0 for row in rows if (row.k - 20) % 12 < 4)
+    assert all(row.value > 0 for row in rows if (row.k - 20) % 12 >= 4)
 
 
 def test_several_continuations_share_one_process_and_change_no_value():

@@ -1,5 +1,6 @@
 """Jobs stop when they are asked to, in whatever process; what they leave is whole, and refused if it is not."""
 
+import argparse
 import os
 import signal
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 
 from kfacerr.exceptions import InputError
 from studies import jobs
-from studies.jobs import Stop, in_parallel, load_checkpoint, open_output, run_job, save_checkpoint, slug
+from studies.jobs import Stop, alone, in_parallel, load_checkpoint, open_output, run_job, save_checkpoint, slug
 
 # Checkpoints.
 
@@ -51,7 +52,44 @@ def test_a_checkpoint_that_would_run_something_is_refused_and_runs_nothing(tmp_p
     assert not (tmp_path / "executed").exists()
 
 
+def test_no_flipped_bit_of_a_tensor_goes_unnoticed(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    weights = torch.rand(5000)
+    save_checkpoint(path, {"weights": weights})
+    whole = path.read_bytes()
+    begin = whole.index(weights.numpy().tobytes())
+    for at in range(begin, begin + 20000, 1999):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(InputError, match=r"run\.pt: damaged, .* does not fit its checksum: remove it"):
+            load_checkpoint(path)
+
+
 # The output folder.
+
+
+def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    def inner(arguments: argparse.Namespace) -> int:
+        with pytest.raises(InputError, match="study: in use by another process"):
+            alone(lambda arguments: 0)(arguments)
+        return 7
+
+    arguments = argparse.Namespace(out=tmp_path)
+    assert alone(inner)(arguments) == 7
+    assert alone(lambda arguments: 3)(arguments) == 3, "and the next may"
+
+
+def test_a_study_killed_before_its_configuration_was_written_begins_anew(tmp_path: Path, monkeypatch: Any) -> None:
+    def killed(path: Path, text: str) -> None:
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        path.write_text(text)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            open_output(tmp_path, {"name": "digits"}, resume=False)
+    open_output(tmp_path, {"name": "digits"}, resume=False)
+    assert {"config.json", "environment.json"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_a_folder_is_one_study_s(tmp_path: Path) -> None:

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kfacerr.exceptions import InputError
 from kfacerr.torch import ColumnHooks
 from kfacerr.torch.columns import conv2d_columns, layer_columns, linear_columns, weight_matrix
+from tests.conftest import examples
 
-FAST = settings(max_examples=40, deadline=None, derandomize=True)
+FAST = examples(40)
 
 
 class Conv1D(nn.Module):
@@ -69,6 +70,7 @@ def test_columns_reproduce_autograd_gradient_of_linear(extra, b, d_in, d_out, bi
     assert_reproduces(layer, columns)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @FAST
 @given(data=st.data())
 @pytest.mark.parametrize("dimensions", [1, 2])

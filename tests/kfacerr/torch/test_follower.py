@@ -357,7 +357,7 @@ def test_bad_layer_names_are_refused_and_the_candidates_listed(layers, message):
 
 def _follower(net: nn.Module, *names: str, several: bool = True) -> Follower:
     modules = {name: net.get_submodule(name) for name in names}
-    return Follower(modules, several=several, way_out=lambda name: "leave it out")
+    return Follower(modules, several=several, way_out="leave it out")
 
 
 def _segments(depth: int, reentrant: bool):
@@ -507,6 +507,15 @@ def test_only_active_layers_are_caught():
     follower.active = {"3"}
     _loss(net, *_batch(torch.float32)).backward()
     assert list(follower.take()) == ["3"]
+
+
+def test_frozen_layers_may_be_passed_over():
+    net = _net()
+    net[3].weight.requires_grad_(False)
+    modules = {name: net.get_submodule(name) for name in NAMES}
+    followers = [Follower(modules, several=True, way_out="", frozen=frozen) for frozen in (True, False)]
+    _loss(net, *_batch(torch.float32)).backward()
+    assert [set(follower.take()) for follower in followers] == [{"0", "3", "6"}, {"0", "6"}]
 
 
 def test_under_torch_func_nothing_is_caught():

@@ -17,8 +17,8 @@ from kfacerr.inverse import DenseInverse
 from kfacerr.process import Estimate, Process
 from kfacerr.rsvd import evd
 from kfacerr.torch import KFAC
+from kfacerr.torch._direction import Product
 from kfacerr.torch._kfac_layer import process_of
-from kfacerr.torch._product import Product
 from tests import reference
 from tests.kfacerr.torch.cases import (
     convnet,
@@ -350,7 +350,7 @@ def test_so_it_is_over_the_range_of_float32(algorithm, exponent, linear):
             p.data.mul_(0.5)
         optimizer = KFAC(net, algorithm, **STEP_ONLY, rank=4, linear_application=linear, loss_scale=lambda: 1.0)
         taken = []
-        optimizer._descend = lambda p, update, group, taken=taken: taken.append(update)
+        optimizer._descend = lambda directions, taken=taken: taken.extend(d for _, d in directions)
         (scale * F.cross_entropy(net(x), y)).backward()
         optimizer.step()
         formed = [t.formed() if isinstance(t, Product) else t for t in taken]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kfacerr import inverse as inverses
 from kfacerr import processes
 from kfacerr.exceptions import InputError
 from kfacerr.torch import KFAC
@@ -31,6 +32,7 @@ from tests.kfacerr.torch.cases import (
 )
 
 decompositions = importlib.import_module("kfacerr.rsvd")
+ALL_MODES = {**BUSY, "rank": 50}  # so many that R-KFAC's RSVD is the EVD
 
 
 @pytest.mark.parametrize(
@@ -213,9 +215,9 @@ def _failing_eigh(monkeypatch, fails) -> None:
 def test_a_failed_decomposition_is_tried_again_in_float64(monkeypatch):
     batches = [(x.float(), y) for x, y in (vectors(k) for k in range(6))]
     net, other = mlp(torch.float32), mlp(torch.float32)
-    train(net, KFAC(net, "K-FAC", **BUSY), batches)
+    train(net, KFAC(net, "R-KFAC", **ALL_MODES), batches)
     _failing_eigh(monkeypatch, lambda K: K.dtype == torch.float32)
-    optimizer = KFAC(other, "K-FAC", **BUSY)
+    optimizer = KFAC(other, "R-KFAC", **ALL_MODES)
     train(other, optimizer, batches)
     assert relative(parameters(other), parameters(net)) <= 1e-5
     factor = optimizer.layers["0"].factors["A"]
@@ -224,7 +226,7 @@ def test_a_failed_decomposition_is_tried_again_in_float64(monkeypatch):
 
 def test_a_decomposition_that_fails_for_good_keeps_the_previous_inverse_and_warns(monkeypatch):
     net = mlp()
-    optimizer = KFAC(net, "K-FAC", **{**BUSY, "T_updt": 1, "T_inv": 2})
+    optimizer = KFAC(net, "R-KFAC", **{**ALL_MODES, "T_updt": 1, "T_inv": 2})
     train(net, optimizer, [vectors(0), vectors(1)])
     kept = {side: process_of(f).estimate.lowrank.D.clone() for side, f in optimizer.layers["0"].factors.items()}
     _failing_eigh(monkeypatch, lambda K: len(K) == 41)
@@ -238,15 +240,52 @@ def test_a_decomposition_that_fails_for_good_keeps_the_previous_inverse_and_warn
     assert not torch.equal(process_of(optimizer.layers["0"].factors["A"]).estimate.lowrank.D, kept["A"])
 
 
+def _failing_cholesky(monkeypatch, fails) -> None:
+    original = inverses.cholesky_inverse
+
+    def cholesky(M, **options):
+        if fails(M):
+            raise InputError("matrix is not positive definite")
+        return original(M, **options)
+
+    monkeypatch.setattr(inverses, "cholesky_inverse", cholesky)
+
+
+def test_exact_kfac_inverts_in_float64_where_float32_fails(monkeypatch):
+    batches = [(x.float(), y) for x, y in (vectors(k) for k in range(6))]
+    net, other = mlp(torch.float32), mlp(torch.float32)
+    train(net, KFAC(net, "K-FAC", **BUSY), batches)
+    _failing_cholesky(monkeypatch, lambda M: M.dtype == torch.float32)
+    train(other, KFAC(other, "K-FAC", **BUSY), batches)
+    assert relative(parameters(other), parameters(net)) <= 1e-5
+
+
+def test_exact_kfac_keeps_the_previous_inverse_where_there_is_none(monkeypatch):
+    net = mlp()
+    optimizer = KFAC(net, "K-FAC", **{**BUSY, "T_updt": 1, "T_inv": 2})
+    train(net, optimizer, [vectors(0), vectors(1)])
+    factor = optimizer.layers["0"].factors["A"]
+    (name,) = factor.processes
+    kept = factor.inverse(name, phi=0.1)
+    _failing_cholesky(monkeypatch, lambda M: len(M) == factor.d)
+    with pytest.warns(RuntimeWarning, match="layer '0', factor A, step 2: .* previous inverse is kept") as caught:
+        train(net, optimizer, [vectors(2), vectors(3)])
+    assert len(caught) == 1, "it is not tried again before something changes"
+    assert factor.inverse(name, phi=0.1) is kept
+    monkeypatch.undo()
+    train(net, optimizer, [vectors(4)])
+    assert factor.inverse(name, phi=0.1) is not kept
+
+
 @pytest.mark.parametrize("part", ["w", "V"])
-@pytest.mark.parametrize("algorithm", ["K-FAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C"])
+@pytest.mark.parametrize("algorithm", ["R-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C"])
 def test_an_evd_that_gives_nan_is_a_failed_one(algorithm, part, monkeypatch):
     import array_api_compat.torch.linalg as linalg
 
     original = linalg.eigh
     net = mlp(torch.float32)
     batches = [vectors(k, dtype=torch.float32) for k in range(3)]
-    every = {**BUSY, "T_updt": 1, "T_inv": 1, "T_brand": 1, "T_rsvd": 1, "T_corct": 1}
+    every = {**ALL_MODES, "T_updt": 1, "T_inv": 1, "T_brand": 1, "T_rsvd": 1, "T_corct": 1}
     optimizer = KFAC(net, algorithm, **every)
     train(net, optimizer, batches[:2])
     factor = optimizer.layers["0"].factors["A"]
@@ -294,7 +333,7 @@ def test_without_any_estimate_the_step_is_the_plain_gradient(monkeypatch, caplog
     net, other = mlp(), mlp()
     plain = {"lr": 0.1, "clip": None, "weight_decay": 0}
     with pytest.warns(RuntimeWarning, match="decomposition failed"):
-        train(net, KFAC(net, "K-FAC", **plain), [vectors(0)])
+        train(net, KFAC(net, "R-KFAC", **plain), [vectors(0)])
     train(other, torch.optim.SGD(other.parameters(), 0.1), [vectors(0)])
     assert relative(parameters(net), parameters(other)) <= 1e-15
     assert "layer '0', step 0: no estimate yet" in caplog.text

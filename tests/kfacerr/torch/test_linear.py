@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfacerr.exceptions import InputError
 from kfacerr.torch import KFAC, FactoredLinear, factored
-from kfacerr.torch._product import Product
+from kfacerr.torch._direction import Product
 from kfacerr.torch.linear import FactoredParameter, formed, has_gradient, held
 from tests.kfacerr.torch.cases import convnet, images, loss_of, mlp, parameters, relative, train, vectors
 
@@ -433,7 +433,7 @@ def test_without_any_estimate_the_step_is_the_plain_gradient(monkeypatch):
     monkeypatch.setattr(importlib.import_module("kfacerr.rsvd"), "eigh_descending", eigh)
     net, other = drop_in(), mlp()
     with pytest.warns(RuntimeWarning, match="decomposition failed"):
-        train(net, KFAC(net, "K-FAC", lr=0.1, clip=None, weight_decay=0), [vectors(0)])
+        train(net, KFAC(net, "R-KFAC", lr=0.1, clip=None, weight_decay=0), [vectors(0)])
     train(other, torch.optim.SGD(other.parameters(), 0.1), [vectors(0)])
     assert relative(parameters(net), parameters(other)) <= 1e-14
 

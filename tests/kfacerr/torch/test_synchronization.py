@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfacerr.torch import KFAC, SENG
 from kfacerr.torch._kfac_layer import process_of
-from studies.drivers import TABLE_1
+from studies.config import TABLE_1
 from studies.training import Training
-from tests.studies.test_training import tiny_dataset, tiny_training
+from tests.studies.helpers import tiny_dataset, tiny_training
 
 READS = {
     "_local_scalar_dense",  # item, float(x), bool(x), x.any() in an `if`
@@ -34,7 +34,7 @@ READS = {
     "linalg_eigh",
     "linalg_inv",
 }
-DRIVERS = ["sgd", "seng", *TABLE_1]
+DRIVERS = ["SGD", "SENG", *TABLE_1]
 QUIET = 7
 """Iterations from 1 on in which no driver has anything to decompose: T_updt is 10, SENG's period 8."""
 
@@ -70,7 +70,7 @@ def no_reads() -> Iterator[None]:
 
 def training(driver: str, **settings: Any) -> Training:
     """One that has started up: iteration 0, where everything decomposes, is done."""
-    run = tiny_training(tiny_dataset(128), driver=driver, rank_scale=1 / 40, **settings)
+    run = tiny_training(tiny_dataset(128), driver=driver, rank_scale=1 / 40, T_updt=10, **settings)
     run.step()
     return run
 
@@ -133,7 +133,7 @@ def test_the_dispatch_mode_notices_a_read() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-@pytest.mark.parametrize("driver", [*DRIVERS, "adamw"])
+@pytest.mark.parametrize("driver", [*DRIVERS, "AdamW"])
 def test_torch_sees_no_synchronisation_either(driver: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
