@@ -95,6 +95,8 @@ def variants_figure(errors: pd.DataFrame, settings: Settings, title: str) -> Fig
         ax.tick_params(labelsize=6.5)
         ax.grid(True, linewidth=0.3, alpha=0.6)
         ax.set_title(METRIC_LABELS[metric], fontsize=8)
+    for ax in axes[1]:
+        ax.set_xlabel("relative error", fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     about = _said(settings, last.epoch.iloc[0])

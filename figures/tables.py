@@ -334,7 +334,8 @@ def breakdown_table(breakdown: pd.DataFrame) -> pd.DataFrame:
     """Seconds of an epoch by part, mean over rounds: a row a driver, Table 2's first."""
     keys = ["table", "driver"]
     table = breakdown.pivot_table(index=keys, columns="part", values="seconds", aggfunc="mean", sort=False)
-    table = table.reindex(columns=[part for part in PARTS if part in table])
+    order = list(breakdown[keys].drop_duplicates().itertuples(index=False, name=None))
+    table = table.reindex(index=order, columns=[part for part in PARTS if part in table])
     table["total"] = table.sum(axis=1)
     table = table.sort_values("table", ascending=False, kind="stable").reset_index()
     table["driver"] += table.pop("table").map({1: " (Table 1's periods)", 2: ""})

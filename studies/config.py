@@ -81,13 +81,11 @@ class Schedules:
 
     def learning_rate(self, epoch: int) -> float:
         """alpha_k, for every algorithm except SENG: 0.3 at first, 0.001 from epoch 40."""
-        rate: float = _since(_RATES, self.paper_epoch(epoch))
-        return rate
+        return float(_since(_RATES, self.paper_epoch(epoch)))
 
     def phi(self, epoch: int) -> float:
         """phi_{lambda,k}, the damping as a share of lambda_max."""
-        phi: float = _since(_PHIS, self.paper_epoch(epoch))
-        return phi
+        return float(_since(_PHIS, self.paper_epoch(epoch)))
 
     def rank(self, epoch: int) -> int:
         """r(k), the target rank of R-KFAC and the truncation rank of the B- variants."""
@@ -95,8 +93,7 @@ class Schedules:
 
     def oversampling(self, epoch: int) -> int:
         """r_o(k), the oversampling of the RSVD."""
-        r_o: int = _since(_OVERSAMPLINGS, self.paper_epoch(epoch))
-        return r_o
+        return int(_since(_OVERSAMPLINGS, self.paper_epoch(epoch)))
 
 
 def cosine_learning_rate(epoch: int, epochs: int, peak: float) -> float:
@@ -274,16 +271,9 @@ class _Preset:
         rates = _OTHERS.get(driver, _FAMILY_RATES)
         batch = math.sqrt(self.batch_size / PAPER_BATCH) if rates.per_batch else 1.0
         alike = {name: getattr(self, name) for name in ("batch_size", "width", "augment", "rank_scale", "amp")}
-        return TrainingConfig(
-            **alike,
-            seed=seed,
-            driver=driver,
-            learning_rate=rates.learning_rate * batch,
-            momentum=rates.momentum,
-            weight_decay=rates.weight_decay,
-            device=device,
-            **own,
-        )
+        alike |= {"learning_rate": rates.learning_rate * batch, "momentum": rates.momentum}
+        alike |= {"weight_decay": rates.weight_decay, **own}
+        return TrainingConfig(seed=seed, driver=driver, device=device, **alike)
 
 
 @dataclass(frozen=True, kw_only=True)
