@@ -24,8 +24,13 @@ __all__ = [
     "normal",
     "product_into",
     "rank_k_update",
+    "sum_of_squares",
     "to_numpy",
 ]
+
+
+_ROWS = 256  # of a block
+_LARGE = 4096  # dimension from which on a product by blocks is faster than one
 
 
 def namespace(*arrays: Array) -> Any:
@@ -165,6 +170,20 @@ def _mirrored(M: np.ndarray) -> np.ndarray:
     return M
 
 
+def sum_of_squares(X: Array) -> Array:
+    """||X||_F^2 of a matrix, a 0-d array of float64.
+
+    Not the square of `vector_norm`: that adds one square after the other (torch in float32: 4% off in 16384^2
+    normal numbers, 12% in equal ones), where `sum` adds in pairs. By row blocks: no second array of X's size.
+    """
+    xp = compat.array_namespace(X)
+    total = xp.zeros((), dtype=xp.float64, device=compat.device(X))
+    for start in range(0, X.shape[0], _ROWS):
+        rows = X[start : min(start + _ROWS, X.shape[0]), :]
+        total = total + xp.astype(xp.sum(rows * rows), xp.float64)
+    return total
+
+
 def product_into(out: Array, start: int, P: Array, Q: Array) -> None:
     """Writes P Q into the columns of `out` from `start` on, without a temporary where the backend can."""
     stop = start + Q.shape[1]
@@ -177,9 +196,20 @@ def product_into(out: Array, start: int, P: Array, Q: Array) -> None:
 
 
 def rank_k_update(M: Array, X: Array, *, alpha: float, beta: float) -> Array:
-    """beta M + alpha X X^T, written into M where the backend can."""
+    """beta M + alpha X X^T for a symmetric M (d, d), written into M where the backend can."""
     if compat.is_torch_array(M):
+        if M.device.type == "cpu" and M.shape[0] >= _LARGE:
+            return _lower_then_upper(M, X, alpha, beta)
         return M.addmm_(X, X.T, beta=beta, alpha=alpha)
     M *= beta
     M += (alpha * X) @ X.T
+    return M
+
+
+def _lower_then_upper(M: Array, X: Array, alpha: float, beta: float) -> Array:
+    """`rank_k_update` by blocks of rows up to the diagonal, mirrored: half the flops."""
+    for a in range(0, M.shape[0], _ROWS):
+        b = min(a + _ROWS, M.shape[0])
+        M[a:b, :b].mul_(beta).add_(X[a:b] @ X[:b].T, alpha=alpha)
+        M[:a, a:b] = M[a:b, :a].T
     return M

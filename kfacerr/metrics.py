@@ -11,7 +11,7 @@ import math
 import array_api_compat as compat
 import numpy as np
 
-from .array import namespace
+from .array import namespace, sum_of_squares
 from .inverse import DampedInverse, Inverse
 from .stream import Array
 
@@ -29,52 +29,51 @@ _MENDED = np.errstate(over="ignore", invalid="ignore")  # what overflows is seen
 def inverse_error(inverse: Inverse, reference: Inverse) -> float:
     """Metrics (1) and (2): ||M~^-1 - M_ref^-1||_F / ||M_ref^-1||_F.
 
-    Both are symmetric: of each block of rows only what stands from the diagonal on is computed.
+    Both are symmetric: of each block of columns only what stands from the diagonal on is computed.
     """
     R = reference.dense()
     size = _norm(R)
-    error = float(_distance(inverse, R, 1.0)) ** 0.5
+    error = _distance(inverse, R, 1.0)
     if not _in_range(error, R):
         unit = _power_of_2(max(size, float(inverse.shift) if isinstance(inverse, DampedInverse) else 0.0), R)
-        error = float(_distance(inverse, R, unit)) ** 0.5 / unit
+        error = _distance(inverse, R, unit) / unit
     return error / size
 
 
-def _distance(inverse: Inverse, R: Array, unit: float) -> Array:
-    """unit^2 ||M~^-1 - R||_F^2, a 0-d array."""
-    xp = namespace(R)
+def _distance(inverse: Inverse, R: Array, unit: float) -> float:
+    """unit ||M~^-1 - R||_F."""
     d = R.shape[0]
-    total = 0.0 * R[0, 0]
+    total = sum_of_squares(R[:0, :])
     for a in range(0, d, BLOCK):
         b = min(a + BLOCK, d)
         if isinstance(inverse, DampedInverse) and 2 * inverse.lowrank.m < d:
             block = _block(inverse, a, b)
-            block -= R[a:b, a:]
+            block -= R[a:, a:b]
         else:  # forming it once (it is kept) costs less than its rows anew at every update
-            block = inverse.dense()[a:b, a:] - R[a:b, a:]
+            block = inverse.dense()[a:, a:b] - R[a:, a:b]
         if unit != 1:
             block *= unit
-        total = total + xp.linalg.vector_norm(block[:, : b - a]) ** 2
+        total = total + sum_of_squares(block[: b - a, :])
         if b < d:
-            total = total + 2 * xp.linalg.vector_norm(block[:, b - a :]) ** 2
-    return total
+            total = total + 2 * sum_of_squares(block[b - a :, :])
+    return float(total) ** 0.5
 
 
 def _block(inverse: DampedInverse, start: int, stop: int) -> Array:
-    """Rows start:stop of U diag(h) U^T + shift I, from the diagonal on."""
+    """Columns start:stop of U diag(h) U^T + shift I, from the diagonal on."""
     U = inverse.lowrank.U
     xp = namespace(U)
-    block = (U[start:stop, :] * inverse.weights[None, :]) @ U[start:, :].T
     count = stop - start
-    block[:, :count] += inverse.shift * xp.eye(count, dtype=block.dtype, device=compat.device(block))
+    block = U[start:, :] @ (U[start:stop, :] * inverse.weights[None, :]).T
+    block[:count, :] += inverse.shift * xp.eye(count, dtype=block.dtype, device=compat.device(block))
     return block
 
 
 def step_coordinates(P: Array, Q: Array, P_ref: Array, Q_ref: Array) -> tuple[Array, Array]:
-    """S = P Q^T and S_ref = P_ref Q_ref^T in coordinates that keep norms and inner products.
+    """S^T = Q P^T and S_ref^T = Q_ref P_ref^T in coordinates that keep norms and inner products.
 
-    Both are (d_G, d_A), but their columns lie in a space of dimension 2n: in an orthonormal basis of it, from the
-    QR [P_ref, P - P_ref] = Z [R, R'], they are (R + R') Q^T and R Q_ref^T, (2n, d_A) each. Where P = P_ref and
+    Both are (d_A, d_G), but their rows lie in a space of dimension 2n: in an orthonormal basis of it, from the QR
+    [P_ref, P - P_ref] = Z [R, R'], they are Q (R + R')^T and Q_ref R^T, (d_A, 2n) each. Where P = P_ref and
     Q = Q_ref the two are the same to the bit.
 
     Args:
@@ -82,14 +81,14 @@ def step_coordinates(P: Array, Q: Array, P_ref: Array, Q_ref: Array) -> tuple[Ar
         Q, Q_ref: (d_A, n).
 
     Returns:
-        (2n, d_A) twice; the steps themselves where 2n >= d_G.
+        (d_A, 2n) twice; the transposed steps themselves where 2n >= d_G.
     """
     xp = namespace(P, P_ref)
     n = P.shape[1]
     if 2 * n >= P.shape[0]:
-        return P @ Q.T, P_ref @ Q_ref.T
+        return Q @ P.T, Q_ref @ P_ref.T
     _, R = xp.linalg.qr(xp.concat([P_ref, P - P_ref], axis=1))
-    return (R[:, :n] + R[:, n:]) @ Q.T, R[:, :n] @ Q_ref.T
+    return Q @ (R[:, :n] + R[:, n:]).T, Q_ref @ R[:, :n].T
 
 
 @_MENDED
@@ -105,34 +104,34 @@ def norm_error(S: Array, reference: Array) -> float:
 @_MENDED
 def angle_error(S: Array, reference: Array) -> float:
     """Metric (4): 1 - cos(s~, s_ref) = |s~/|s~| - s_ref/|s_ref||^2 / 2; 0 if both vanish, 1 if one does."""
-    xp = namespace(S, reference)
+    namespace(S, reference)
     one, other = _direction(S), _direction(reference)
     if one is None or other is None:
         return 0.0 if one is other else 1.0
-    return float(xp.linalg.vector_norm(one - other)) ** 2 / 2
+    return float(sum_of_squares(one - other)) / 2
 
 
 def _direction(X: Array) -> Array | None:
     """X/||X||_F; None for X = 0."""
     xp = namespace(X)
-    size = xp.linalg.vector_norm(X)
-    if not _in_range(float(size), X):
+    size = float(sum_of_squares(X)) ** 0.5
+    if not _in_range(size, X):
         largest = float(xp.max(xp.abs(X)))
         if largest == 0:
             return None
         X = X * _power_of_2(largest, X)
-        size = xp.linalg.vector_norm(X)
+        size = float(sum_of_squares(X)) ** 0.5
     return X / size
 
 
 def _norm(X: Array) -> float:
     """||X||_F."""
     xp = namespace(X)
-    size = float(xp.linalg.vector_norm(X))
+    size = float(sum_of_squares(X)) ** 0.5
     if _in_range(size, X):
         return size
     unit = _power_of_2(float(xp.max(xp.abs(X))), X)
-    return float(xp.linalg.vector_norm(X * unit)) / unit
+    return float(sum_of_squares(X * unit)) ** 0.5 / unit
 
 
 def _in_range(size: float, X: Array) -> bool:

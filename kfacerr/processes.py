@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .array import eps, namespace
+from .array import eps, namespace, sum_of_squares
 from .brand import carried, symmetric_brand
 from .certificate import EVD_LOSS, FLOAT64, LOSS, Certificate
 from .correction import correct
@@ -73,14 +73,14 @@ WAITING = "stale: columns wait for the next Brand update"
 
 def _certified_decomposition(low: LowRank, factor: EAFactor) -> Certificate:
     """Of 0 <= low <= M."""
-    square = namespace(factor.M).linalg.vector_norm(factor.M) ** 2  # without a (d, d) temporary
+    square = namespace(factor.M).astype(sum_of_squares(factor.M), factor.M.dtype)
     return Certificate.of_decomposition(low, factor.trace, square, memory=1 / (1 - factor.rho))
 
 
 def _certified_copy(factor: EAFactor) -> Certificate:
     """Of M~ = M: no error, but the rounding of M by (8) and of the EVD by which M~ may be applied."""
     M, trace = factor.M, factor.trace
-    d, unit, size = M.shape[0], eps(M), namespace(M).linalg.vector_norm(M)
+    d, unit, size = M.shape[0], eps(M), namespace(M).astype(sum_of_squares(M) ** 0.5, M.dtype)
     products = (LOSS[0] + LOSS[1] * d**0.5) * unit * trace / (1 - factor.rho)
     rounding = products + EVD_LOSS * d * unit * size
     return Certificate(0 * trace, rounding, rounding, rounding, d)
