@@ -289,10 +289,13 @@ def threads_of_a_job(count: int | None) -> int:
 
 
 def alone(function: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
-    """A command line's function, while no other process works in the DIR of its --out."""
+    """A command line's function, while no other process works in the DIR of its --out.
+
+    The lock stands beside DIR, which is not made before the options are checked.
+    """
 
     def call(arguments: argparse.Namespace) -> int | None:
-        held = lock(arguments.out / "study")
+        held = lock(arguments.out.resolve())
         try:
             return function(arguments)
         finally:

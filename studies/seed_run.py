@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from kfacerr.algorithms import SEVEN, Algorithm
+from kfacerr.array import map_arrays
 from kfacerr.ea import EAFactor
-from kfacerr.lowrank import LowRank
+from kfacerr.inverse import representation
 from kfacerr.process import Estimate, Process, Settings
 from kfacerr.stream import Array, Step, Window
 from kfacerr.study import ErrorStudy, Row
@@ -44,9 +45,8 @@ class Mirror(Process):
         held = process.estimate
         if held is self._shown or held is None:
             return
-        low = held.lowrank
-        basis, D, mix = (x if x is None else x.to(dtype) for x in (low.basis, low.D, low.mix))
-        self._shown, self.estimate = held, Estimate(LowRank(basis, D, mix), held.trace.to(dtype))
+        low = map_arrays(held.lowrank.state_dict(), lambda array: array.to(dtype))
+        self._shown, self.estimate = held, Estimate(representation(low), held.trace.to(dtype))
 
     def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
         """Nothing: that is the optimizer's."""
@@ -286,16 +286,8 @@ class SeedRun:
         self.rows = [Row(*row) for row in state["rows"]]
         self.spectra, self.log, self.seconds = state["spectra"], state["log"], state["seconds"]
         self.training.load_state_dict(state["training"])
-        self.study.load_state_dict(_to(state["study"], self.training.device))
-
-
-def _to(state: Any, device: torch.device) -> Any:
-    """Nested containers with their tensors on `device`."""
-    if isinstance(state, torch.Tensor):
-        return state.to(device)
-    if isinstance(state, dict):
-        return {key: _to(value, device) for key, value in state.items()}
-    return state
+        device = self.training.device
+        self.study.load_state_dict(map_arrays(state["study"], lambda array: array.to(device)))
 
 
 def finish_recording(path: Path) -> None:

@@ -4,15 +4,11 @@
 
 `studies.bench.tasks` says what is timed, `studies.bench.rounds` how. What NumPy's BLAS does, whose threads would
 stall torch's, has its rounds after those of the rest. What is slow runs in fewer rounds, and on a CPU not at the
-largest d. An exponent is the slope of log(shortest time) over the largest sizes. Beside what has known flops
-stands its rate as a share of a large square product's; what is not a product has no reason to come near that.
+largest d. An exponent is the slope of log(shortest time) over the largest sizes. Peak memory is what one run adds
+to the process's resident set, its result included (Linux), or the CUDA allocator's.
 
-Peak memory is what one run adds to the process's resident set, its result included (Linux), or the CUDA
-allocator's. The accuracy of the Brand update stands beside its speed: after many float32 updates, against the same
-process in float64, on decaying columns and with a large mean. On a GPU --library cupy takes CuPy in torch's place.
-
-Writes times.csv, ratios.csv, exponents.csv, memory.csv, accuracy.csv, speed.md, speed.pdf and .png, and
-environment.json, after every size anew.
+Writes times.csv, ratios.csv, exponents.csv, memory.csv, speed.md, speed.pdf and .png, and environment.json, after
+every size anew.
 """
 
 import argparse
@@ -20,21 +16,21 @@ import contextlib
 import gc
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from kfacerr.command import Parser, check_at_least, run
 from kfacerr.exceptions import InputError
 from kfacerr.files import write_text
-from kfacerr.processes import Brand
 from studies.bench import rounds, tasks
-from studies.bench.tasks import BRAND, FLOOR, GEMM, NAIVE, OURS, QR, STUDY, UP_TO, UPDATE, Place, Ways
-from studies.bench.yardsticks import RHO, TextbookProcess, columns
+from studies.bench.tasks import BRAND, FLOOR, NAIVE, OURS, QR, STUDY, UP_TO, UPDATE, Draw, Ways
+from studies.bench.yardsticks import columns
 from studies.environment import hardware, select_device
 
 if TYPE_CHECKING:
@@ -55,32 +51,21 @@ GOALS = (
 """Design §9's: of the first way's time over the second's, at some d."""
 
 TIMES = ["task", "d", "way", "round", "part", "seconds"]
-FULL = {
-    "d": [2**k for k in range(10, 16)],
-    "study_d": 2048,
-    "rank": 220,
-    "columns": 256,
-    "rounds": 15,
-    "updates": 100,
-}
-QUICK = {"d": [64, 96, 128], "study_d": 64, "rank": 8, "columns": 12, "rounds": 2, "updates": 10}
+FULL = {"d": [2**k for k in range(10, 16)], "study_d": 2048, "rank": 220, "columns": 256, "rounds": 15}
+QUICK = {"d": [64, 96, 128], "study_d": 64, "rank": 8, "columns": 12, "rounds": 2}
 
 
 # ---------------------------------------------------------------------------------------------------- measuring
 
 
 def measure(
-    ways: Ways, d: int, n: int, rng: np.random.Generator, device: torch.device, count: int, budget: float
+    ways: Ways, fresh: Callable[[int], Tensor], device: torch.device, count: int, budget: float
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Times: way, round, part, seconds, load, note; and peak memory: way, MiB."""
     memory: list[tuple[str, float]] = []
     frames = []
-
-    def fresh(round: int) -> np.ndarray:
-        return columns(d, n, rng)
-
     for own in (False, True):
-        pool = {name: way.prepare for name, way in ways.items() if (name in tasks.OWN_THREADS) == own}
+        pool = {name: way for name, way in ways.items() if (name in tasks.OWN_THREADS) == own}
         X = fresh(-1)
         for name, prepare in pool.items():  # which also warms up
             with contextlib.suppress(torch.OutOfMemoryError, MemoryError):  # the rounds say so
@@ -89,49 +74,15 @@ def measure(
     return pd.concat(frames, ignore_index=True), pd.DataFrame(memory, columns=["way", "MiB"])
 
 
-def accuracy(d: int, r: int, n: int, updates: int, seed: int) -> pd.DataFrame:
-    """Columns columns, way, updates, orthonormality max|U^T U - I|, error ||M_B - M_B(float64)||_F / ||.||_F."""
-    rows = []
-    for kind, mean in (("decaying", 0.0), ("large mean", 30.0)):
-        rng = np.random.default_rng(seed)
-        gram, textbook, exact = Brand(rank=r, rho=RHO), TextbookProcess(r), TextbookProcess(r)
-        for k in range(updates):
-            X = torch.from_numpy(columns(d, n, rng, mean))
-            gram.update(k, X, None)
-            textbook.update(X)
-            exact.update(X.double())
-        assert gram.estimate is not None and exact.U is not None and exact.D is not None
-        low = gram.estimate.lowrank
-        M = (exact.U * exact.D) @ exact.U.T
-        for way, U, D in ((BRAND, low.U, low.D), (QR, textbook.U, textbook.D)):
-            assert U is not None and D is not None
-            V = U.double()
-            W = V[:, D > 0]
-            defect = float((W.T @ W - torch.eye(W.shape[1], dtype=W.dtype)).abs().max())
-            error = float(torch.linalg.norm((V * D.double()) @ V.T - M) / torch.linalg.norm(M))
-            rows.append((kind, way, d, updates, defect, error))
-    return pd.DataFrame(rows, columns=["columns", "way", "d", "updates", "orthonormality", "error"])
-
-
 # ------------------------------------------------------------------------------------------------------ results
 
 
 def compared(times: pd.DataFrame) -> pd.DataFrame:
-    """`rounds.ratios` by task and d, with Tflop/s and the share of the fastest product's rate."""
-    whole = (
-        times.groupby(["task", "d", "way", "round"], sort=False)
-        .seconds.sum(min_count=1)
-        .reset_index()
-        .assign(part="")
-    )
+    """`rounds.ratios` by task and d, of whole steps and, where a step has several, of parts."""
+    whole = times.groupby(["task", "d", "way", "round"], sort=False).seconds.sum(min_count=1)
     several = times.groupby(["task", "d"]).part.transform("nunique") > 1
-    table = rounds.ratios(pd.concat([whole, times[several]], ignore_index=True)[TIMES], tasks.BASES)
-    flops = times.groupby(["task", "d", "way"]).flops.first()
-    table["tflops"] = [
-        flops[key] / 1e12 for key in zip(table.task, table.d, table.way, strict=True)
-    ] / table.seconds
-    table.loc[(table.tflops == 0) | (table.part != ""), "tflops"] = float("nan")
-    return table.assign(of_gemm=table.tflops / table.tflops[table.way == GEMM].max())
+    everything = pd.concat([whole.reset_index().assign(part=""), times[several]], ignore_index=True)
+    return rounds.ratios(everything[TIMES], tasks.BASES)
 
 
 def exponents(table: pd.DataFrame, points: int = 3) -> pd.DataFrame:
@@ -199,7 +150,6 @@ def report(tables: dict[str, pd.DataFrame], title: str) -> str:
         "ratio": [f"{x.ratio:.2f} ({x.low:.2f}-{x.high:.2f})" for x in shown.itertuples()],
         "of the shortest": [f"{x:.2f}" for x in shown.shortest],
         "rounds": shown.rounds,
-        "of GEMM's rate": [f"{x:.1%}" if x == x else "" for x in shown.of_gemm],
         "peak MiB": [f"{x:.0f}" if x == x else "" for x in shown.MiB],
     }
     load = f"Load of the machine meanwhile (1 is ours, about): {times.load.min():.1f} to {times.load.max():.1f}."
@@ -208,7 +158,6 @@ def report(tables: dict[str, pd.DataFrame], title: str) -> str:
         ("Goals (design §9)", goals(times), ".3g"),
         ("Times", pd.DataFrame(columns), ""),
         ("Growth with d", tables["exponents"], ".2f"),
-        ("Accuracy of the Brand update in float32 (design §7: 1e-4)", tables["accuracy"], ".2g"),
         ("Not run", times[times.note != ""][["task", "d", "way", "note"]], ""),
     ):
         if len(frame):
@@ -235,26 +184,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, metavar="R", help="truncation rank (default: 220)")
     parser.add_argument("--columns", type=int, metavar="N", help="columns of an update (default: 256)")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds (default: 15)")
-    parser.add_argument("--updates", type=int, metavar="N", help="of the accuracy test (default: 100)")
     parser.add_argument("--budget", type=float, default=10.0, metavar="S", help="seconds of one way at one size")
     parser.add_argument(
         "--largest-dense", type=int, default=8192, metavar="D", help="of what forms (d, d) matrices"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--library", choices=("torch", "cupy"), default="torch")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     return run("speed", parser, _run, argv)
-
-
-def _place(arguments: argparse.Namespace) -> Place:
-    device = select_device(arguments.device)
-    if arguments.library == "torch":
-        return Place(lambda x: torch.from_numpy(x).to(device), device, True)
-    try:
-        import cupy
-    except ImportError as error:
-        raise InputError(f"--library cupy: {error}: pip install 'kfacerr[cuda]'") from None
-    return Place(cupy.asarray, device, False)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -262,50 +198,44 @@ def _run(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     r, n = arguments.rank, arguments.columns
-    check_at_least(rank=(r, 1), columns=(n, r), rounds=(arguments.rounds, 1), updates=(arguments.updates, 2))
+    check_at_least(rank=(r, 1), columns=(n, r), rounds=(arguments.rounds, 1))
     if small := [d for d in (*arguments.d, arguments.study_d) if d <= r + n]:
         raise InputError(f"Brand's update needs d > r + n = {r + n}, got {small[0]}")
-    place = _place(arguments)
+    device = select_device(arguments.device)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    exact = accuracy(max(arguments.study_d, r + n + 1), r, n, arguments.updates, 0)
-    sizes = {tasks.STUDY: [arguments.study_d], tasks.RATES: [max(arguments.d)]}
-    torch_only = {tasks.LAYER, tasks.STUDY}
     times, memory = [], []
+    jobs = [(task, d) for task in arguments.tasks for d in ([arguments.study_d] if task == STUDY else arguments.d)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of scikit-learn, on columns it centres to zero
-        for task in arguments.tasks:
-            for d in sizes.get(task, arguments.d) if place.torch or task not in torch_only else ():
-                ways: Ways = tasks.TASKS[task](d, r, n, place, rng, dense=d <= arguments.largest_dense)
-                if place.device.type == "cpu":
-                    ways = {way: ways[way] for way in ways if d <= UP_TO.get(way, d)}
-                taken, peaks = measure(ways, d, n, rng, place.device, arguments.rounds, arguments.budget)
-                flops = [ways[way].flops for way in taken.way]
-                times.append(taken.assign(task=task, d=d, flops=flops))
-                memory.append(peaks.assign(task=task, d=d))
-                print(f"{task}, d = {d}: load {taken.load.mean():.1f}", flush=True)
-                _write(arguments, place.device, pd.concat(times), pd.concat(memory), exact)
-                del ways
-                gc.collect()
+        for task, d in jobs:
+            ways = _ways(task, d, r, lambda rows: torch.from_numpy(columns(rows, n, rng)).to(device), arguments)
+            fresh = lambda round, d=d: torch.from_numpy(columns(d, n, rng)).to(device)  # noqa: E731
+            taken, peaks = measure(ways, fresh, device, arguments.rounds, arguments.budget)
+            times.append(taken.assign(task=task, d=d))
+            memory.append(peaks.assign(task=task, d=d))
+            print(f"{task}, d = {d}: load {taken.load.mean():.1f}", flush=True)
+            _write(arguments, device, pd.concat(times, ignore_index=True), pd.concat(memory))
+            del ways
+            gc.collect()
     print(f"speed: results are in {arguments.out}", file=sys.stderr)
 
 
-def _write(
-    arguments: argparse.Namespace,
-    device: torch.device,
-    times: pd.DataFrame,
-    memory: pd.DataFrame,
-    exact: pd.DataFrame,
-) -> None:
+def _ways(task: str, d: int, r: int, draw: Draw, arguments: argparse.Namespace) -> Ways:
+    """Those of a task that are within reach at this size."""
+    ways: Ways = tasks.TASKS[task](d, r, draw, dense=d <= arguments.largest_dense)
+    if draw(1).device.type != "cpu":
+        return ways
+    return {way: prepare for way, prepare in ways.items() if d <= UP_TO.get(way, d)}
+
+
+def _write(arguments: argparse.Namespace, device: torch.device, times: pd.DataFrame, memory: pd.DataFrame) -> None:
     from kfacerr.plot import save
 
     table = compared(times)
-    tables = {"times": times, "ratios": table, "exponents": exponents(table[table.part == ""])}
-    tables |= {"memory": memory, "accuracy": exact}
-    about: dict[str, Any] = rounds.write(arguments.out, tables)
-    title = (
-        f"r = {arguments.rank}, n = {arguments.columns}, float32, {arguments.library}; {hardware(about, device)}"
-    )
+    tables = {"times": times, "ratios": table, "exponents": exponents(table[table.part == ""]), "memory": memory}
+    about = rounds.write(arguments.out, tables)
+    title = f"r = {arguments.rank}, n = {arguments.columns}, float32; {hardware(about, device)}"
     write_text(arguments.out / "speed.md", report(tables, title))
     drawing = figure(table, tables["exponents"], title)
     for kind in ("pdf", "png"):

@@ -69,13 +69,14 @@ def test_no_flipped_bit_of_a_tensor_goes_unnoticed(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
     def inner(arguments: argparse.Namespace) -> int:
-        with pytest.raises(InputError, match="study: in use by another process"):
+        with pytest.raises(InputError, match="out: in use by another process"):
             alone(lambda arguments: 0)(arguments)
         return 7
 
-    arguments = argparse.Namespace(out=tmp_path)
+    arguments = argparse.Namespace(out=tmp_path / "out")
     assert alone(inner)(arguments) == 7
     assert alone(lambda arguments: 3)(arguments) == 3, "and the next may"
+    assert not arguments.out.exists()
 
 
 def test_a_study_killed_before_its_configuration_was_written_begins_anew(tmp_path: Path, monkeypatch: Any) -> None:

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -25,7 +24,6 @@ def test_the_study_writes_its_files(out):
         "ratios.csv",
         "exponents.csv",
         "memory.csv",
-        "accuracy.csv",
         "speed.pdf",
         "speed.png",
     ):
@@ -43,7 +41,6 @@ def test_every_way_is_measured_at_every_size_in_every_round(out):
         **{("application", d): 3 for d in SIZES},
         **{("layer step", d): 4 for d in SIZES},
         ("study step", 64): 3,
-        ("rates", 128): 3,
     }
     for (task, d), row in counted.iterrows():
         assert row["size"] == 2 * parts.get(task, 1) * row["nunique"], (task, d)
@@ -53,20 +50,6 @@ def test_every_way_is_measured_at_every_size_in_every_round(out):
     assert (table.low <= table.ratio).all() and (table.ratio <= table.high).all()
     assert set(table[table.task == "layer step"].part.fillna("")) == {"", "forward", "backward", "step()"}
     assert (table[table.way == tasks.NP_BRAND].base == tasks.NP_FLOOR).all()
-
-
-def test_a_known_rate_is_a_share_of_the_products(out):
-    table = pd.read_csv(out / "ratios.csv").set_index(["way", "d"])
-    assert table.of_gemm[tasks.GEMM, 128] == 1
-    rate = 2 * 128**3 / 1e12 / table.seconds[tasks.GEMM, 128]
-    assert table.tflops[tasks.GEMM, 128] == pytest.approx(rate, rel=1e-6)
-    assert np.isnan(table.tflops[tasks.QR, 128])
-
-
-def test_the_accuracy_table_keeps_the_contract(out):
-    exact = pd.read_csv(out / "accuracy.csv")
-    assert len(exact) == 4
-    assert (exact[["orthonormality", "error"]] <= 1e-4).all(axis=None)
 
 
 def test_goals_are_judged_where_their_sizes_were_measured():
@@ -81,8 +64,8 @@ def test_goals_are_judged_where_their_sizes_were_measured():
 
 def test_tasks_can_be_chosen(tmp_path):
     out = tmp_path / "out"
-    assert speed.main(["--quick", "--tasks", "rates", "--out", str(out)]) == 0
-    assert set(pd.read_csv(out / "times.csv").task) == {"rates"}
+    assert speed.main(["--quick", "--tasks", "application", "--out", str(out)]) == 0
+    assert set(pd.read_csv(out / "times.csv").task) == {"application"}
 
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path, capsys):
