@@ -54,13 +54,18 @@ def orthonormal(rng: np.random.Generator, d: int, m: int) -> np.ndarray:
 
 @st.composite
 def streams(draw, kinds=tuple(KINDS), min_steps=1, max_d=8):
-    """(columns, r, rho): each step's columns have a prescribed spectrum, in bases that steps may share."""
-    d = draw(st.integers(1, max_d))
+    """(columns, r, rho): each step's columns have a prescribed spectrum, in bases that steps may share.
+
+    Three in four are of the paper's regime, r + n < d (§3.5); the others may have any sizes.
+    """
+    roomy = draw(st.sampled_from((True, True, True, False)))
+    d = draw(st.integers(3 if roomy else 1, max_d))
+    widest = draw(st.integers(1, d - 2)) if roomy else d
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     shared = orthonormal(rng, d, d)
     columns = []
     for _ in range(draw(st.integers(min_steps, 6))):
-        n = draw(st.integers(1, d))
+        n = draw(st.integers(1, widest))
         basis = draw(st.sampled_from(("shared", "own")))
         left = shared[:, rng.permutation(d)[:n]] if basis == "shared" else orthonormal(rng, d, n)
         size = 10.0 ** draw(st.integers(-2, 2))
@@ -68,7 +73,8 @@ def streams(draw, kinds=tuple(KINDS), min_steps=1, max_d=8):
         columns.append((left * s) @ orthonormal(rng, n, n).T)
     like = KINDS[draw(st.sampled_from(kinds))]
     rho = draw(st.sampled_from((0.05, 0.5, 0.95, 0.99)))
-    return [device_array(X, like) for X in columns], draw(st.integers(1, d)), rho
+    r = draw(st.integers(1, d - 1 - widest if roomy else d))
+    return [device_array(X, like) for X in columns], r, rho
 
 
 def assert_all(claims) -> None:
