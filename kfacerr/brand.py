@@ -6,13 +6,13 @@ Y V diag(L)^(-1/2) with eigenvalues L. K needs only U^T A and A^T A, the same tw
 but no QR of tall columns, and only those eigenvectors are formed that a caller asks for.
 
 Accuracy. K is graded: K = S R S with S = diag(|y_i|) and R of unit diagonal, and the products carry an error of
-about eps in R, that is eps |S v|^2 along an eigenvector v. So a mode is numerically null where
-L_i <= c eps |S v_i|^2, whatever L_i / L_1 is: a tiny column orthogonal to all others survives, a column that lies
-in span(U) adds no mode. The EVD of K is in float64, for the grading, and adds eps64 L_1. The kept modes lose
-orthonormality to (eps |S v_i|^2 + eps64 L_1) / L_i, though V diag(L)^(1/2) times its transpose still is K. Where
-that is much above eps (columns nearly, but not quite, in the span of others; or strong grading) those modes are
-formed and made orthonormal by their own, well-conditioned Gram matrix ("twice is enough"). `orthonormalised`
-measures what is left on the carried modes, and does the same if rounding has added up over updates.
+about eps in R, that is eps |S v|^2 along an eigenvector v. So whether a mode is there does not hang on L_i / L_1:
+a tiny column orthogonal to all others survives, a column that lies in span(U) adds no mode. The EVD of K is in
+float64, for the grading, and adds eps64 L_1. The kept modes lose orthonormality to
+(eps |S v_i|^2 + eps64 L_1) / L_i, though V diag(L)^(1/2) times its transpose still is K. Where that is much above
+eps (columns nearly, but not quite, in the span of others; or strong grading) those modes are formed and made
+orthonormal by their own, well-conditioned Gram matrix ("twice is enough"). `orthonormalised` measures what is left
+on the carried modes, and does the same if rounding has added up over updates.
 
 Speed. One update of a process is three products with tall matrices and the EVD of K: `carried` forms the r modes
 that go on in their place beside the new columns, in one allocation, and the probes of their orthonormality ride
@@ -27,7 +27,7 @@ import numpy as np
 
 from .array import check_columns, device_array, eigh_descending, eps, namespace, product_into, to_numpy
 from .exceptions import InputError
-from .lowrank import LowRank
+from .lowrank import LowRank, without_null
 from .stream import Array
 
 __all__ = ["Beside", "brand", "carried", "orthonormalised", "symmetric_brand"]
@@ -94,13 +94,17 @@ def brand(U: Array, D: Array, V: Array, A: Array, B: Array) -> tuple[Array, Arra
     return QA @ UM, DM, QB @ VMt.T
 
 
-def symmetric_brand(X: LowRank | None, A: Array, beside: Beside | None = None) -> LowRank:
-    """Algorithm 3: the EVD of X + A A^T, exact.
+def symmetric_brand(X: LowRank | None, A: Array, beside: Beside | None = None, *, decay: float = 1.0) -> LowRank:
+    """Algorithm 3: the EVD of decay X + A A^T, exact.
+
+    The decay is applied in float64. In float32 each would lose the same 3e-8 of what X holds, 3e-5 in 1000
+    updates, and a burst that fades among the other modes takes their places too early.
 
     Args:
         X: (d, d) of rank r, or None for the zero matrix.
         A: (d, n) columns; n = 0 is allowed.
         beside: of X.U and A, if the caller has it.
+        decay: the weight of X.
 
     Returns:
         r + n modes (at most d), of which those that are numerically zero have D_i = 0. U is not formed yet; it is
@@ -113,12 +117,13 @@ def symmetric_brand(X: LowRank | None, A: Array, beside: Beside | None = None) -
     if X is None or X.m == 0:
         return _once_more(*_evd_of_gram(A, None, A.T @ A))
     xp = namespace(X.basis, A)
+    D = decay * xp.astype(X.D, xp.float64)
     if X.m + A.shape[1] >= X.d:
-        return _dense_evd(X.dense() + A @ A.T)
+        return _dense_evd(LowRank(X.U, xp.astype(D, A.dtype)).dense() + A @ A.T)
     Y, products = beside or _beside(X.U, A)
     identity = xp.eye(X.m, dtype=A.dtype, device=compat.device(A))
     gram = xp.concat([xp.concat([identity, products[: X.m, :].T], axis=0), products], axis=1)
-    scale = xp.concat([xp.sqrt(X.D), xp.ones_like(A[0, :])])
+    scale = xp.concat([xp.sqrt(D), xp.astype(xp.ones_like(A[0, :]), xp.float64)])
     return _once_more(*_evd_of_gram(Y, scale, gram))
 
 
@@ -182,25 +187,27 @@ def orthonormalised(X: LowRank) -> LowRank:
 def _evd_of_gram(Y: Array, scale: Array | None, gram: Array) -> tuple[LowRank, np.ndarray]:
     """The EVD of (Y S)(Y S)^T, S = diag(scale), from the small matrix `gram` = Y^T Y.
 
+    Args:
+        Y: (d, p).
+        scale: (p,) float64, or None for ones.
+        gram: (p, p).
+
     Returns:
         All modes, and (m,) booleans on the host: the modes that may have lost orthonormality.
     """
     xp = namespace(Y)
     if Y.shape[1] > Y.shape[0]:
-        S = Y if scale is None else Y * scale[None, :]
-        return _dense_evd(S @ S.T), np.zeros(Y.shape[0], dtype=bool)
+        return _dense_evd(Y @ Y.T), np.zeros(Y.shape[0], dtype=bool)
     if Y.shape[1] == 0:
         return LowRank(Y, Y[0, :]), np.zeros(0, dtype=bool)
-    s = xp.ones_like(Y[0, :]) if scale is None else scale
-    s = xp.astype(s, xp.float64)
+    s = xp.astype(xp.ones_like(Y[0, :]), xp.float64) if scale is None else scale
     K = s[:, None] * xp.astype(gram, xp.float64) * s[None, :]
-    L, V = eigh_descending((K + K.T) / 2, "Brand update")
-    p = Y.shape[1]
+    L, V = _graded_evd((K + K.T) / 2)
     # |S v|^2 with S = diag(|y_i|), see the module's docstring.
     graded = xp.sum(xp.linalg.diagonal(K)[:, None] * V**2, axis=0)
+    p = Y.shape[1]
     unit = eps(L)
-    floor = xp.maximum(2 * p**0.5 * eps(Y) * graded, p * unit * xp.maximum(L[0], xp.zeros_like(L[0])))
-    kept = L > floor
+    kept = without_null(L, unit) > 2 * p**0.5 * eps(Y) * graded
     one = xp.ones_like(L)
     inverse_root = xp.where(kept, 1 / xp.sqrt(xp.where(kept, L, one)), 0 * one)
     # Sorting again: a null mode may stand before a tiny one that is real.
@@ -212,6 +219,18 @@ def _evd_of_gram(Y: Array, scale: Array | None, gram: Array) -> tuple[LowRank, n
     return LowRank(Y, xp.astype(xp.take(L, order), Y.dtype), xp.astype(mix, Y.dtype)), doubt
 
 
+def _graded_evd(K: Array) -> tuple[Array, Array]:
+    """`eigh_descending` of a graded K (p, p), its rows in descending order of their diagonal.
+
+    A tridiagonalisation that starts at the largest rows rounds the others on their own scale, where in any other
+    order it rounds all by eps64 L_1: at K_ii/K_11 = 1e-12 small eigenvalues gain two to ten digits.
+    """
+    xp = namespace(K)
+    order = xp.argsort(xp.linalg.diagonal(K), descending=True, stable=True)
+    w, V = eigh_descending(xp.take(xp.take(K, order, axis=0), order, axis=1), "Brand update")
+    return w, xp.take(V, xp.argsort(order), axis=0)
+
+
 def _once_more(X: LowRank, doubt: np.ndarray) -> LowRank:
     """X with its modes in doubt formed, W = U[:, doubt], and U = [U[:, others], W] made orthonormal.
 
@@ -220,8 +239,6 @@ def _once_more(X: LowRank, doubt: np.ndarray) -> LowRank:
     """
     if not doubt.any():
         return X
-    if 2 * doubt.sum() > X.m:
-        return _made_orthonormal(LowRank(X.U, X.D))
     xp = namespace(X.basis)
     sure, unsure = (device_array(np.flatnonzero(which), X.basis) for which in (~doubt, doubt))
     mix = xp.take(X.mix, sure, axis=1)
@@ -229,7 +246,11 @@ def _once_more(X: LowRank, doubt: np.ndarray) -> LowRank:
     C = mix.T @ (X.basis.T @ W)
     eye = xp.eye(mix.shape[1], dtype=W.dtype, device=compat.device(W))
     gram = xp.concat([xp.concat([eye, C], axis=1), xp.concat([C.T, W.T @ W], axis=1)], axis=0)
-    D, rotation = _orthonormalising(gram, xp.concat([xp.take(X.D, sure), xp.take(X.D, unsure)]))
+    D = xp.concat([xp.take(X.D, sure), xp.take(X.D, unsure)])
+    defect = xp.where((D > 0)[:, None], gram - xp.eye(X.m, dtype=W.dtype, device=compat.device(W)), 0 * gram)
+    if float(xp.max(xp.abs(defect))) <= TOLERATED * eps(W):
+        return X
+    D, rotation = _orthonormalising(gram, D)
     return LowRank(
         xp.concat([X.basis, W], axis=1),
         D,
@@ -248,6 +269,9 @@ def _orthonormalising(gram: Array, D: Array) -> tuple[Array, Array]:
 
     R = H P with H = gram^(-1/2) and P from the EVD of H^-1 diag(D) H^-1: orthogonal to rounding, however graded D
     is. Modes with D = 0 stay absent; at the eigenvalue -max(D) they do not mix with the small ones.
+
+    In float32 R is rounded, and a column of it longer or shorter than it should be; D' makes up for that. Else a
+    mode that hardly changes would be rounded alike at every update, and drift by 1e-7 each time.
     """
     xp = namespace(gram, D)
     values = xp.astype(D, xp.float64)
@@ -258,21 +282,20 @@ def _orthonormalising(gram: Array, D: Array) -> tuple[Array, Array]:
     root = xp.sqrt(xp.where(independent, g, xp.ones_like(g)))
     absent = -xp.max(values)
     values = xp.where(values > 0, values, absent)
-    half = root[:, None] * Q.T  # of gram^(1/2), up to the rotation Q that the EVD undoes
-    K = (half * values[None, :]) @ half.T
-    fine = independent[:, None] & independent[None, :]
-    K = xp.where(fine, K, absent * eye)
-    w, P = eigh_descending((K + K.T) / 2, "Brand update")
-    w = xp.where(w > D.shape[0] * eps(w) * w[0], w, xp.zeros_like(w))
-    return xp.astype(w, D.dtype), xp.astype((Q / root[None, :]) @ P, D.dtype)
+    half = (Q * xp.where(independent, root, 0 * root)[None, :]) @ Q.T  # symmetric, near I: K is graded as D is
+    K = (half * values[None, :]) @ half + (Q * xp.where(independent, 0 * root, absent)[None, :]) @ Q.T
+    w, P = _graded_evd((K + K.T) / 2)
+    exact = (Q / root[None, :]) @ (Q.T @ P)
+    R = xp.astype(exact, D.dtype)
+    longer = xp.sum(xp.astype(R, xp.float64) ** 2, axis=0) / xp.sum(exact**2, axis=0)
+    return xp.astype(without_null(w, eps(w)) / longer, D.dtype), R
 
 
 def _dense_evd(M: Array) -> LowRank:
     """All d modes of a dense matrix: used where r + n >= d and nothing is low-rank any more."""
     xp = namespace(M)
     w, V = eigh_descending(xp.astype(M, xp.float64), "Brand update")
-    w = xp.where(w > M.shape[0] * eps(M) * w[0], w, xp.zeros_like(w))
-    return LowRank(xp.astype(V, M.dtype), xp.astype(w, M.dtype))
+    return LowRank(xp.astype(V, M.dtype), xp.astype(without_null(w, eps(M)), M.dtype))
 
 
 def _defect(products: Array, probes: Array, D: Array) -> float:

@@ -6,7 +6,29 @@ from functools import cached_property
 from .array import namespace
 from .stream import Array
 
-__all__ = ["LowRank"]
+__all__ = ["NULL", "LowRank", "without_null"]
+
+NULL = 64.0
+"""An eigenvalue that NULL roundings may have made is no mode."""
+
+
+def without_null(w: Array, unit: float, top: Array | None = None) -> Array:
+    """Eigenvalues (m,) of a p.s.d. matrix, the null ones set to 0: the numerical rank is how many stay positive.
+
+    Null are those up to NULL unit w_1. Entry (i, j) of a matrix M is rounded by about unit |M_ij|, with a sign of
+    its own; such an error has a spectral norm of about 2 unit max_i |M e_i|, which is at most 2 unit w_1 at any d.
+    The EVD adds as much. The most seen of a zero eigenvalue, d = 3 to 2000, is 27 unit w_1. (The common rule,
+    d unit w_1, is below rounding for small d, and at d = 2000 in float32 it takes modes of 2e-4 w_1 for zero.)
+    As NULL is several times that, two backends disagree on a mode only if its eigenvalue is within their rounding
+    of the threshold, and not whenever it is zero.
+
+    Args:
+        w: (m,) descending; rounding may have made some negative.
+        unit: round-off of what w was computed from.
+        top: what w_1 stands for, if it is not the matrix's largest eigenvalue.
+    """
+    xp = namespace(w)
+    return xp.where(w > NULL * unit * (w[0] if top is None else top), w, xp.zeros_like(w))
 
 
 @dataclass(frozen=True, eq=False)

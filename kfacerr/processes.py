@@ -138,7 +138,7 @@ class Brand(Process):
         B, beside = carried(whole, self.settings.rank, W)  # l.3-4
         D, removed = self._reduced(B.D, whole.D, decay)
         trace = decay * self.estimate.trace + mean_square(W)
-        low = symmetric_brand(LowRank(B.U, decay * D), W, beside)  # l.6-7
+        low = symmetric_brand(LowRank(B.U, D), W, beside, decay=decay)  # l.6-7
         self.estimate = Estimate(low, trace)
         if isinstance(self._certificate, Certificate):
             self._certificate = self._certificate.after_brand(removed, decay, low, trace)

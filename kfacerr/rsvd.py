@@ -9,7 +9,7 @@ import numpy as np
 
 from .array import eigh_descending, eps, namespace, normal
 from .exceptions import InputError
-from .lowrank import LowRank
+from .lowrank import LowRank, without_null
 from .stream import Array
 
 __all__ = ["SKETCHES", "check_sketch", "evd", "nystrom", "rsvd", "srevd"]
@@ -18,7 +18,7 @@ __all__ = ["SKETCHES", "check_sketch", "evd", "nystrom", "rsvd", "srevd"]
 def evd(M: Array, r: int | None = None) -> LowRank:
     """The exact EVD of M (d, d) symmetric p.s.d., truncated to r modes if r is given. Cubic in d."""
     w, V = eigh_descending(M, "EA factor")
-    return LowRank(V, _without_null(w)).truncate(M.shape[0] if r is None else r)
+    return LowRank(V, without_null(w, eps(w))).truncate(M.shape[0] if r is None else r)
 
 
 def rsvd(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.Generator) -> LowRank:
@@ -45,7 +45,7 @@ def rsvd(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.G
     # SVD of the tall M Q through its QR: a Gram matrix would square the singular values.
     QZ, RZ = xp.linalg.qr(M @ Q)
     U, S, _ = xp.linalg.svd(RZ, full_matrices=False)
-    return LowRank(QZ @ U[:, :r], _without_null(S[:r], M.shape[0]))
+    return LowRank(QZ @ U[:, :r], without_null(S[:r], eps(S)))
 
 
 def srevd(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.Generator) -> LowRank:
@@ -58,7 +58,7 @@ def srevd(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.
     Q = _range(M, r + oversampling, n_pwr_it, rng)
     C = Q.T @ (M @ Q)
     w, V = eigh_descending((C + C.T) / 2, "EA factor")
-    return LowRank(Q @ V[:, :r], _without_null(w[:r], M.shape[0]))
+    return LowRank(Q @ V[:, :r], without_null(w[:r], eps(w)))
 
 
 def nystrom(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.Generator) -> LowRank:
@@ -83,7 +83,7 @@ def nystrom(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.rando
     # M~ = F F^T. Through a QR, not a Gram matrix, for the sake of the small eigenvalues.
     QF, RF = xp.linalg.qr((Y @ V) / xp.sqrt(w)[None, :])
     U, S, _ = xp.linalg.svd(RF, full_matrices=False)
-    return LowRank(QF @ U[:, :r], _without_null(S[:r] ** 2, M.shape[0]))
+    return LowRank(QF @ U[:, :r], without_null(S[:r] ** 2, eps(S)))
 
 
 SKETCHES = {"rs": rsvd, "sre": srevd, "nystrom": nystrom}
@@ -111,15 +111,3 @@ def _range(M: Array, columns: int, n_pwr_it: int, rng: np.random.Generator) -> A
     for _ in range(n_pwr_it + 1):
         Y, _ = xp.linalg.qr(M @ Y)
     return Y
-
-
-def _without_null(w: Array, d: int | None = None) -> Array:
-    """Eigenvalues with the numerically zero ones (and rounding's negative ones) set to 0.
-
-    The rounding of products over d terms adds up like d^(1/2); measured, null eigenvalues come out below
-    7 eps lambda_1 at every d up to 8192. The worst case, d eps, is 0.002 in float32 at the paper's d: it takes
-    away most of the modes that R-KFAC has of A.
-    """
-    xp = namespace(w)
-    floor = (8 + 2 * (d or w.shape[0]) ** 0.5) * eps(w)
-    return xp.where(w > floor * w[0], w, xp.zeros_like(w))
