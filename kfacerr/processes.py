@@ -15,7 +15,7 @@ from .process import Cost, Estimate, Process
 from .rsvd import SKETCHES, evd
 from .stream import Array
 
-__all__ = ["Brand", "BrandCorrected", "BrandRsvd", "Evd", "Periodic", "Rsvd"]
+__all__ = ["Brand", "BrandCorrected", "BrandRsvd", "Evd", "Periodic", "Rsvd", "certified_decomposition"]
 
 STALE = "stale: M moved on since the decomposition, and M_k >= rho^j M_{k-j} is all that is left of the order"
 NOT_PSD = "the sketch has a projection error and is none of RS and Nyström: M - M~ need not be p.s.d."
@@ -67,7 +67,7 @@ class Evd(Periodic):
     def certified(self, factor: EAFactor) -> Certificate | str:
         """Of the exact EVD."""
         assert self.estimate is not None
-        return _certified_decomposition(self.estimate.lowrank, factor)
+        return certified_decomposition(self.estimate.lowrank, factor)
 
     def cost(self, d: int, n: int) -> Cost:
         """The symmetric EVD takes 9 d^3 flops (Golub & Van Loan, §8.3)."""
@@ -258,10 +258,10 @@ def _certified_sketch(process: Process, factor: EAFactor) -> Certificate | str:
     assert process.estimate is not None
     low, s = process.estimate.lowrank, process.settings
     exact = s.rank + s.oversampling >= low.d
-    return NOT_PSD if s.sketch == "sre" and not exact else _certified_decomposition(low, factor)
+    return NOT_PSD if s.sketch == "sre" and not exact else certified_decomposition(low, factor)
 
 
-def _certified_decomposition(low: LowRank, factor: EAFactor) -> Certificate:
+def certified_decomposition(low: LowRank, factor: EAFactor) -> Certificate:
     """Of 0 <= low <= M."""
     square = namespace(factor.M).linalg.vector_norm(factor.M) ** 2  # without a (d, d) temporary
     return Certificate.of_decomposition(low, factor.trace, square, memory=1 / (1 - factor.rho))
