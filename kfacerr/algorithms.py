@@ -14,6 +14,8 @@ from .exceptions import InputError
 from .frequent_directions import FrequentDirections
 from .process import Process, Settings
 from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
+from .streaming import StreamingNystrom
+from .warm import WarmNystrom
 
 __all__ = ["FALLBACK", "SEVEN", "Algorithm"]
 
@@ -53,6 +55,8 @@ _BASES = {
     "B-R-KFAC": _Base(BrandRsvd, ("T_brand", "T_rsvd", "sketch", "rank"), needs_room=True),
     "B-KFAC-C": _Base(BrandCorrected, ("T_brand", "T_corct", "phi_corct", "rank"), needs_room=True),
     "FD": _Base(FrequentDirections, ("T_brand", "rank"), needs_room=True),
+    "N-KFAC": _Base(StreamingNystrom, ("s", "T_base", "rank")),
+    "W-KFAC": _Base(WarmNystrom, ("T_inv", "rank")),
 }
 _OF_ALL = ("continuation",)
 _TYPES: dict[str, Callable[[str], Any]] = {field.name: type(field.default) for field in fields(Settings)}
@@ -63,7 +67,7 @@ class Algorithm:
     """One algorithm with the settings that its name fixes. `Algorithm.parse` and `str` are inverse.
 
     Attributes:
-        base: K-FAC, R-KFAC, SRE-KFAC, B-KFAC, B-R-KFAC, B-KFAC-C or FD.
+        base: K-FAC, R-KFAC, SRE-KFAC, B-KFAC, B-R-KFAC, B-KFAC-C, FD, N-KFAC or W-KFAC.
         own: its own settings as (name, value), in the order of its name, in which alone equal ones may differ.
     """
 

@@ -266,10 +266,10 @@ def _attempt(
     average: EAFactor | None,
 ) -> Exception | None:
     """A part of the process's step, in float64 if need be; why it failed, if it did."""
-    estimate, saved = process.estimate, process.state_dict()
+    before, saved = process.computed(), process.state_dict()
     try:
         call(process, X, average)
-        _refuse_nonfinite(process, estimate)
+        _refuse_nonfinite(process, before)
         return None
     except failures() as error:
         first = error
@@ -279,7 +279,7 @@ def _attempt(
     try:
         process.load_state_dict(map_arrays(saved, lambda a: to_dtype(a, float64)))
         call(process, to_dtype(X, float64), _in_float64(average))
-        _refuse_nonfinite(process, estimate)
+        _refuse_nonfinite(process, before)
         process.load_state_dict(map_arrays(process.state_dict(), lambda a: to_dtype(a, own)))
     except failures():
         return first
@@ -294,13 +294,11 @@ def _in_float64(average: EAFactor | None) -> EAFactor | None:
     return copy
 
 
-def _refuse_nonfinite(process: Process, before: Estimate | None) -> None:
-    """Waits for the device, after a decomposition only."""
-    estimate = process.estimate
-    if estimate is None or estimate is before:
-        return
-    if not all(is_finite(part) for part in estimate.lowrank.state_dict().values() if part is not None):
-        raise InputError("NaN or Inf in the decomposition")
+def _refuse_nonfinite(process: Process, before: Mapping[str, Array | None]) -> None:
+    """Waits for the device, after an update that computed something only."""
+    for name, part in process.computed().items():
+        if part is not None and part is not before.get(name) and not is_finite(part):
+            raise InputError("NaN or Inf in the decomposition")
 
 
 def _scaled(X: Array, unit: float) -> Array:

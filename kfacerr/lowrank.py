@@ -26,6 +26,9 @@ def without_null(w: Array, unit: float, top: Array | None = None) -> Array:
         w: (m,) descending; rounding may have made some negative.
         unit: round-off of what w was computed from.
         top: what w_1 stands for, if it is not the matrix's largest eigenvalue.
+
+    Returns:
+        (m,).
     """
     xp = namespace(w)
     return xp.where(w > NULL * unit * (w[0] if top is None else top), w, xp.zeros_like(w))

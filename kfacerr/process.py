@@ -41,6 +41,8 @@ class Settings:
         T_brand: iterations between Brand updates.
         T_rsvd: iterations between overwritings by an RSVD.
         T_corct: iterations between corrections.
+        s: columns of N-KFAC's sketch; 0 for twice the rank.
+        T_base: iterations between re-basings of that sketch; 0 for never.
         accumulate: Brand updates take the batches that T_brand skips, too, instead of dropping them.
         continuation: of the spectrum, see `kfacerr.inverse`.
         seed: of the random draws; every algorithm has a stream of its own, so that adding one changes no other.
@@ -59,6 +61,8 @@ class Settings:
     T_brand: int = 1
     T_rsvd: int = 50
     T_corct: int = 50
+    s: int = 0
+    T_base: int = 50
     accumulate: bool = False
     continuation: str = "min"
     seed: int = 0
@@ -79,8 +83,8 @@ class Settings:
         check_continuation(self.continuation)
 
 
-_LEAST = {"rank": 1, "oversampling": 0, "n_pwr_it": 0, "seed": 0} | dict.fromkeys(
-    ("T_inv", "T_brand", "T_rsvd", "T_corct"), 1
+_LEAST = dict.fromkeys(("oversampling", "n_pwr_it", "s", "T_base", "seed"), 0) | dict.fromkeys(
+    ("rank", "T_inv", "T_brand", "T_rsvd", "T_corct"), 1
 )
 
 
@@ -126,29 +130,31 @@ class Clock:
     """Says when an event of period T iterations is due: at the first call of every [origin + jT, origin + (j+1)T).
 
     Counting intervals rather than testing k % T keeps the event where updates come at other steps than its own.
+    With a period of 0 it is never due.
     """
 
     def __init__(self, period: int) -> None:
-        if period < 1:
-            raise InputError(f"a period of at least 1 iteration is needed, got {period}")
+        if period < 0:
+            raise InputError(f"a period of at least 1 iteration is needed, or 0 for never, got {period}")
         self.period = period
         self.origin = 0
         self.last: int | None = None
 
     def coming(self, k: int) -> bool:
         """Whether `due` would say yes."""
-        return (k - self.origin) // self.period != self.last
+        return self.period > 0 and (k - self.origin) // self.period != self.last
 
     def due(self, k: int) -> bool:
         """Whether the event is due at iteration k; if so, it counts as done."""
         coming = self.coming(k)
-        self.last = (k - self.origin) // self.period
+        if coming:
+            self.last = (k - self.origin) // self.period
         return coming
 
     def reschedule(self, period: int) -> None:
         """Another period from now on; the start of the last event's interval counts as its time."""
         if self.last is not None:
-            self.last = self.last * self.period // period
+            self.last = self.last * self.period // period if period else None
         self.period = period
 
     def restart(self, k: int) -> None:
@@ -180,7 +186,6 @@ class Process:
         needs_columns: whether they read columns or M_{k-1}; if not, M_k is all they need.
         forgets: whether the heaviest update depends on the EA factor alone, so that all before it may be left out.
         schedules: the settings that are periods of its updates.
-        estimate: the current estimate, None before the first update.
     """
 
     needs_factor: ClassVar[bool] = True
@@ -200,7 +205,7 @@ class Process:
         self.fixed = frozenset(fixed)
         self.clocks = {name: Clock(getattr(self.settings, name)) for name in self.schedules}
         self.rng = rng if rng is not None else np.random.default_rng(self.settings.seed)
-        self.estimate: Estimate | None = None
+        self._held: Estimate | None = None
         self._certificate: Certificate | str = "this process derives none"
 
     # ------------------------------------------------------------------------------------------- settings
@@ -218,7 +223,7 @@ class Process:
 
     def due(self, k: int) -> bool:
         """Whether the update of iteration k may decompose anything."""
-        return self.estimate is None or not self.clocks or any(clock.coming(k) for clock in self.clocks.values())
+        return self._held is None or not self.clocks or any(clock.coming(k) for clock in self.clocks.values())
 
     def restart(self, k: int) -> None:
         """Counts all periods from iteration k on: its heaviest update falls on the next step."""
@@ -237,6 +242,27 @@ class Process:
     def refresh(self, k: int, factor: EAFactor) -> None:
         """The heaviest update from M_k alone, at a step that brings no columns. Only where `forgets`."""
         raise NotImplementedError(f"{type(self).__name__} forgets, but is a process without `refresh`")
+
+    # ------------------------------------------------------------------------------------------ estimates
+
+    @property
+    def estimate(self) -> Estimate | None:
+        """The current estimate, None before the first update; the same object until it changes."""
+        if self._held is None:
+            self._held = self._made()
+        return self._held
+
+    @estimate.setter
+    def estimate(self, estimate: Estimate | None) -> None:
+        self._held = estimate
+
+    def _made(self) -> Estimate | None:
+        """The estimate, of a process that computes it only when it is read."""
+        return None
+
+    def computed(self) -> dict[str, Array | None]:
+        """What its updates compute, where a failure shows as NaN or Inf. Computes nothing itself."""
+        return {} if self._held is None else self._held.lowrank.state_dict()
 
     # --------------------------------------------------------------------------------------- certificates
 
@@ -259,7 +285,7 @@ class Process:
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts of arrays and plain values; `load_state_dict` of a process made alike restores it."""
-        held, known = self.estimate, self._certificate
+        held, known = self._held, self._certificate
         return {
             "clocks": {name: clock.state_dict() for name, clock in self.clocks.items()},
             "rng": self.rng.bit_generator.state,

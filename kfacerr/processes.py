@@ -16,7 +16,7 @@ from .process import Cost, Estimate, Process
 from .rsvd import SKETCHES
 from .stream import Array
 
-__all__ = ["Brand", "BrandCorrected", "BrandRsvd", "Evd", "Periodic", "Rsvd"]
+__all__ = ["Brand", "BrandCorrected", "BrandRsvd", "Evd", "Periodic", "Rsvd", "certified_decomposition"]
 
 STALE = "stale: M moved on since the decomposition, and M_k >= rho^j M_{k-j} is all that is left of the order"
 NOT_PSD = "the sketch has a projection error and is none of RS and Nyström: M - M~ need not be p.s.d."
@@ -266,10 +266,10 @@ def _certified_sketch(process: Process, factor: EAFactor) -> Certificate | str:
     assert process.estimate is not None
     low, s = process.estimate.lowrank, process.settings
     exact = s.rank + s.oversampling >= low.d
-    return NOT_PSD if s.sketch == "sre" and not exact else _certified_decomposition(low, factor)
+    return NOT_PSD if s.sketch == "sre" and not exact else certified_decomposition(low, factor)
 
 
-def _certified_decomposition(low: LowRank, factor: EAFactor) -> Certificate:
+def certified_decomposition(low: LowRank, factor: EAFactor) -> Certificate:
     """Of 0 <= low <= M."""
     return Certificate.of_decomposition(low, factor.trace, norm(factor.M), memory=1 / (1 - factor.rho))
 

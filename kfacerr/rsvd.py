@@ -12,7 +12,7 @@ from .exceptions import InputError
 from .lowrank import LowRank, without_null
 from .stream import Array
 
-__all__ = ["SKETCHES", "check_sketch", "evd", "nystrom", "rsvd", "srevd"]
+__all__ = ["SKETCHES", "check_sketch", "evd", "nystrom", "nystrom_on", "rsvd", "srevd"]
 
 
 def evd(M: Array, r: int | None = None) -> LowRank:
@@ -65,15 +65,20 @@ def nystrom(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.rando
     """Nyström, (M Q)(Q^T M Q)^+ (M Q)^T truncated to r (Tropp et al. 2017, Algorithm 3). Arguments as for `rsvd`.
 
     M~ <= M, and at the cost of RS it is never worse: `kfacerr.certificate` has both proofs.
+    """
+    if _covers(M, r, oversampling, n_pwr_it):
+        return evd(M, r)
+    return nystrom_on(M, _range(M, r + oversampling, n_pwr_it, rng), r)
+
+
+def nystrom_on(M: Array, Q: Array, r: int) -> LowRank:
+    """`nystrom` from one product of M (d, d) with Q (d, s) of orthonormal columns, truncated to r <= s.
 
     Tropp et al. add nu I to M, factor Q^T M Q + nu I by Cholesky and take nu off the eigenvalues at the end. Here
     the eigenvalues of C = Q^T M Q are raised to at least nu instead. The inverse of a larger C is smaller, so that
     this cannot break M~ <= M either; nothing can fail, and the eigenvalues above nu are as they are.
     """
-    if _covers(M, r, oversampling, n_pwr_it):
-        return evd(M, r)
-    xp = namespace(M)
-    Q = _range(M, r + oversampling, n_pwr_it, rng)
+    xp = namespace(M, Q)
     Y = M @ Q
     C = Q.T @ Y
     w, V = eigh_descending((C + C.T) / 2, "EA factor")

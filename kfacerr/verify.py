@@ -184,6 +184,9 @@ CERTIFIED = (
     "R-KFAC T_inv=1",
     "K-FAC T_inv=1",
     "FD",
+    "N-KFAC",
+    "N-KFAC T_base=1",
+    "W-KFAC T_inv=1",
 )
 """The algorithms whose certificates are checked on a stretch; their sketches are rough ones (`_rough`)."""
 
