@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 
+_ROWS = 256  # of a block
+_LARGE = 4096  # dimension from which on a product by blocks is faster than one
+
+
 def namespace(*arrays: Array) -> Any:
     """The arrays' common array namespace; refuses mixed backends, devices and dtypes."""
     try:
@@ -240,9 +244,20 @@ def product_into(out: Array, start: int, P: Array, Q: Array) -> None:
 
 
 def rank_k_update(M: Array, X: Array, *, alpha: float, beta: float) -> Array:
-    """beta M + alpha X X^T, written into M where the backend can."""
+    """beta M + alpha X X^T for a symmetric M (d, d), written into M where the backend can."""
     if compat.is_torch_array(M):
+        if M.device.type == "cpu" and M.shape[0] >= _LARGE:
+            return _lower_then_upper(M, X, alpha, beta)
         return M.addmm_(X, X.T, beta=beta, alpha=alpha)
     M *= beta
     M += (alpha * X) @ X.T
+    return M
+
+
+def _lower_then_upper(M: Array, X: Array, alpha: float, beta: float) -> Array:
+    """`rank_k_update` by blocks of rows up to the diagonal, mirrored: half the flops."""
+    for a in range(0, M.shape[0], _ROWS):
+        b = min(a + _ROWS, M.shape[0])
+        M[a:b, :b].mul_(beta).add_(X[a:b] @ X[:b].T, alpha=alpha)
+        M[:a, a:b] = M[a:b, :a].T
     return M

@@ -51,10 +51,10 @@ def _block(inverse: DampedInverse, start: int, stop: int) -> Array:
 
 
 def step_coordinates(P: Array, Q: Array, P_ref: Array, Q_ref: Array) -> tuple[Array, Array]:
-    """S = P Q^T and S_ref = P_ref Q_ref^T in coordinates that keep norms and inner products.
+    """S^T = Q P^T and S_ref^T = Q_ref P_ref^T in coordinates that keep norms and inner products.
 
-    Both are (d_G, d_A), but their columns lie in a space of dimension 2n: in an orthonormal basis of it, from the
-    QR [P_ref, P - P_ref] = Z [R, R'], they are (R + R') Q^T and R Q_ref^T, (2n, d_A) each. Where P = P_ref and
+    Both are (d_A, d_G), but their rows lie in a space of dimension 2n: in an orthonormal basis of it, from the QR
+    [P_ref, P - P_ref] = Z [R, R'], they are Q (R + R')^T and Q_ref R^T, (d_A, 2n) each. Where P = P_ref and
     Q = Q_ref the two are the same to the bit.
 
     Args:
@@ -64,14 +64,14 @@ def step_coordinates(P: Array, Q: Array, P_ref: Array, Q_ref: Array) -> tuple[Ar
         Q_ref: (d_A, n).
 
     Returns:
-        (2n, d_A) twice; the steps themselves where 2n >= d_G.
+        (d_A, 2n) twice; the transposed steps themselves where 2n >= d_G.
     """
     xp = namespace(P, P_ref)
     n = P.shape[1]
     if 2 * n >= P.shape[0]:
-        return P @ Q.T, P_ref @ Q_ref.T
+        return Q @ P.T, Q_ref @ P_ref.T
     _, R = xp.linalg.qr(xp.concat([P_ref, P - P_ref], axis=1))
-    return (R[:, :n] + R[:, n:]) @ Q.T, R[:, :n] @ Q_ref.T
+    return Q @ (R[:, :n] + R[:, n:]).T, Q_ref @ R[:, :n].T
 
 
 def norm_error(S: Array, reference: Array) -> float:

@@ -17,28 +17,20 @@ independently of `kfacerr.processes`; every proposition is then a short function
 | B-update against no update at k = 1, §4.1 | `brand_or_nothing` |
 | footnote 11 | `correction`, `blocks` |
 | all of the above that can be said of a stream of columns | `claims` |
-
-Rounding. A matrix that is off by delta in spectral norm is off by at most |||I||| delta in the norm |||.|||, and
-every matrix here is off by a small multiple of eps lambda_max(M_k). That product is a claim's `scale`, and a
-claim holds if it is violated by no more than `TOLERANCE` eps scale.
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from .array import check_columns, eigh_descending, eps, namespace, to_numpy
+from .array import check_columns, eigh_descending, eps, namespace
+from .claims import Claim, Identity, Inequality, Psd, frobenius, in_every_norm, norms
 from .exceptions import InputError
 from .process import check_rho
 from .stream import Array
 
 __all__ = [
-    "Claim",
-    "Identity",
-    "Inequality",
-    "Psd",
     "Trajectory",
     "blocks",
     "brand_or_nothing",
@@ -52,7 +44,6 @@ __all__ = [
     "expansion_terms",
     "no_update_supremum",
     "no_update_terms",
-    "norms",
     "optimal",
     "optimality",
     "overwriting",
@@ -60,141 +51,6 @@ __all__ = [
     "triangle",
     "untruncated",
 ]
-
-TOLERANCE = 64.0
-"""Multiples of eps * scale that rounding may cost a claim. The most seen on 1200 random streams, d <= 8, is 17."""
-
-EPS = float(np.finfo(np.float64).eps)
-
-
-# ---------------------------------------------------------------------------------------------- claims
-
-
-@dataclass(frozen=True)
-class Inequality:
-    """small <= large.
-
-    Attributes:
-        name: the statement, by the paper's number.
-        small: left side.
-        large: right side.
-        scale: what rounding errors of both sides are proportional to.
-        where: the instance, such as "k=3, nuclear".
-        unit: round-off of the dtype both sides were computed in.
-    """
-
-    name: str
-    small: float
-    large: float
-    scale: float
-    where: str = ""
-    unit: float = EPS
-
-    @property
-    def slack(self) -> float:
-        """large - small; negative beyond rounding only if the inequality is violated."""
-        return self.large - self.small
-
-    def holds(self, rtol: float | None = None) -> bool:
-        """Whether small <= large + rtol scale, by default with rtol = TOLERANCE eps."""
-        return self.slack >= -_rtol(rtol, self.unit) * self.scale
-
-    def attained(self, rtol: float | None = None) -> bool:
-        """Whether the two sides are equal, as `holds` measures it."""
-        return abs(self.slack) <= _rtol(rtol, self.unit) * self.scale
-
-
-@dataclass(frozen=True, eq=False)
-class Identity:
-    """left = right, two matrices (d, d) or two numbers. Attributes as for `Inequality`."""
-
-    name: str
-    left: Any
-    right: Any
-    scale: float
-    where: str = ""
-    unit: float = EPS
-
-    @property
-    def residual(self) -> float:
-        """||left - right||_F / scale."""
-        difference = _frobenius(self.left - self.right)
-        return difference / self.scale if difference else 0.0
-
-    @property
-    def slack(self) -> float:
-        """Minus the absolute residual: 0 is best."""
-        return -self.residual * self.scale
-
-    def holds(self, rtol: float | None = None) -> bool:
-        return self.residual <= _rtol(rtol, self.unit)
-
-
-@dataclass(frozen=True, eq=False)
-class Psd:
-    """matrix (d, d) is symmetric positive semi-definite. Attributes as for `Inequality`."""
-
-    name: str
-    matrix: Array
-    scale: float
-    where: str = ""
-    unit: float = EPS
-
-    @property
-    def slack(self) -> float:
-        """The smallest eigenvalue of the symmetric part."""
-        xp = namespace(self.matrix)
-        return float(xp.linalg.eigvalsh((self.matrix + self.matrix.T) / 2)[0])
-
-    def holds(self, rtol: float | None = None) -> bool:
-        allowed = _rtol(rtol, self.unit) * self.scale
-        asymmetry = _frobenius(self.matrix - self.matrix.T) / self.matrix.shape[0] ** 0.5
-        return asymmetry <= allowed and self.slack >= -allowed
-
-
-Claim = Inequality | Identity | Psd
-
-
-def norms(E: Array) -> dict[str, float]:
-    """The unitarily invariant norms of E (d, d) by name: spectral, Frobenius, nuclear, Ky-Fan k for 1 < k < d.
-
-    The spectral norm is Ky-Fan 1 and the nuclear norm Ky-Fan d. By Fan dominance, E is smaller than F in every
-    unitarily invariant norm if it is in all Ky-Fan norms.
-    """
-    return _norms(to_numpy(namespace(E).linalg.svdvals(E)))
-
-
-def _norms(singular_values: np.ndarray) -> dict[str, float]:
-    sums = np.cumsum(singular_values, dtype=np.float64)
-    named = {
-        "spectral": float(sums[0]),
-        "Frobenius": float(np.linalg.norm(singular_values.astype(np.float64))),
-        "nuclear": float(sums[-1]),
-    }
-    return named | {f"Ky-Fan {k}": float(sums[k - 1]) for k in range(2, len(sums))}
-
-
-def _in_every_norm(
-    name: str, small: Array, large: Array, *, scale: float, where: str, unit: float
-) -> list[Inequality]:
-    """|||small||| <= |||large||| for all of `norms`, as one inequality each."""
-    smaller, larger = norms(small), norms(large)
-    of_identity = _norms(np.ones(small.shape[0]))
-    return [
-        Inequality(name, smaller[norm], larger[norm], of_identity[norm] * scale, f"{where}, {norm}", unit)
-        for norm in smaller
-    ]
-
-
-def _rtol(rtol: float | None, unit: float) -> float:
-    return TOLERANCE * unit if rtol is None else rtol
-
-
-def _frobenius(E: Any) -> float:
-    """Frobenius norm of a matrix, absolute value of a number."""
-    if isinstance(E, float):
-        return abs(E)
-    return float(np.linalg.norm(to_numpy(E).astype(np.float64)))
 
 
 # ---------------------------------------------------------------------------------------- the processes
@@ -351,7 +207,7 @@ def optimality(t: Trajectory, k: int) -> list[Inequality]:
     return [
         inequality
         for name, small, large in parts
-        for inequality in _in_every_norm(name, small, large, scale=t.size[k], where=f"k={k}", unit=t.unit)
+        for inequality in in_every_norm(name, small, large, scale=t.size[k], where=f"k={k}", unit=t.unit)
     ]
 
 
@@ -361,7 +217,7 @@ def untruncated(t: Trajectory, k: int) -> list[Inequality]:
     Not where B_k was overwritten: then B_k is the better of the two as often as not.
     """
     small, large = t.M[k] - t.M_B[k], t.M[k] - t.B[k]
-    return _in_every_norm("§3.3 M_B, not B", small, large, scale=t.size[k], where=f"k={k}", unit=t.unit)
+    return in_every_norm("§3.3 M_B, not B", small, large, scale=t.size[k], where=f"k={k}", unit=t.unit)
 
 
 # ------------------------------------------------------------------------------------------ Proposition 3.2
@@ -399,7 +255,7 @@ def overwriting(pure: Trajectory, over: Trajectory, i: int, q: int = 1) -> list[
     small = over.M[i + q] - over.M_B[i + q]
     large = pure.M[i + q] - pure.M_B[i + q]
     where, name = f"i={i}, q={q}", "§3.3 overwriting"
-    return _in_every_norm(name, small, large, scale=pure.size[i + q], where=where, unit=pure.unit)
+    return in_every_norm(name, small, large, scale=pure.size[i + q], where=where, unit=pure.unit)
 
 
 # --------------------------------------------------------------------------------- Propositions 4.1 and 4.2
@@ -443,8 +299,8 @@ def no_update_supremum(t: Trajectory, j: int) -> Inequality:
     range of M_R,0, and is a supremum where there is room for that, rank(X_j) + rank(M_R,0) <= d.
     """
     P, Q = t.gram(j), t.M_R[0]
-    p, q = _frobenius(P), _frobenius(Q)
-    return Inequality("(17)", _frobenius(P - Q), float(np.hypot(p, q)), p + q, f"j={j}", t.unit)
+    p, q = frobenius(P), frobenius(Q)
+    return Inequality("(17)", frobenius(P - Q), float(np.hypot(p, q)), p + q, f"j={j}", t.unit)
 
 
 def brand_term_bound(t: Trajectory, j: int) -> list[Inequality]:
@@ -455,7 +311,7 @@ def brand_term_bound(t: Trajectory, j: int) -> list[Inequality]:
     """
     small = (t.M_B[j] - t.B[j]) / (1 - t.rho)
     scale = t.size[j] / (1 - t.rho)
-    return _in_every_norm("(18)", small, t.gram(j), scale=scale, where=f"j={j}", unit=t.unit)
+    return in_every_norm("(18)", small, t.gram(j), scale=scale, where=f"j={j}", unit=t.unit)
 
 
 def brand_or_nothing(t: Trajectory, k: int = 1) -> list[Inequality]:
@@ -470,7 +326,7 @@ def brand_or_nothing(t: Trajectory, k: int = 1) -> list[Inequality]:
     """
     small, large = t.M[k] - t.M_B[k], t.M[k] - t.M_R[0]
     scale, where = _size_with_start(t, k), f"k={k}"
-    return _in_every_norm("§4.1 B-update or nothing", small, large, scale=scale, where=where, unit=t.unit)
+    return in_every_norm("§4.1 B-update or nothing", small, large, scale=scale, where=where, unit=t.unit)
 
 
 def triangle(t: Trajectory, k: int, *, brand: bool) -> Inequality:
@@ -479,8 +335,8 @@ def triangle(t: Trajectory, k: int, *, brand: bool) -> Inequality:
     For B-updates (k >= 1) or for no update. Attained if and only if all E_j are non-negative multiples of one.
     """
     terms = brand_terms(t, k) if brand else no_update_terms(t, k)
-    small = _frobenius(t.M[k] - (t.M_B[k] if brand else t.M_R[0]))
-    large = sum(w * _frobenius(E) for w, E in zip(_weights(t.rho, k), terms, strict=True))
+    small = frobenius(t.M[k] - (t.M_B[k] if brand else t.M_R[0]))
+    large = sum(w * frobenius(E) for w, E in zip(_weights(t.rho, k), terms, strict=True))
     kind = "B-updates" if brand else "no update"
     return Inequality("(19)", small, large, t.d**0.5 * _size_with_start(t, k), f"{kind}, k={k}", t.unit)
 
@@ -504,7 +360,7 @@ def blocks(E: Array, U: Array) -> tuple[float, float, float, float]:
     left = EU - U @ inner
     right = UE - inner @ U.T
     outer = E - EU @ U.T - U @ right
-    return tuple(_frobenius(block) ** 2 for block in (inner, left, right, outer))  # type: ignore[return-value]
+    return tuple(frobenius(block) ** 2 for block in (inner, left, right, outer))  # type: ignore[return-value]
 
 
 def correction(M: Array, before: Array, after: Array, U: Array) -> list[Claim]:
@@ -531,7 +387,7 @@ def correction(M: Array, before: Array, after: Array, U: Array) -> list[Claim]:
     E, E_after = M - before, M - after
     size = max(norms(M)["spectral"], norms(before)["spectral"])
     scale = M.shape[0] ** 0.5 * size
-    b, a = _frobenius(E), _frobenius(E_after)
+    b, a = frobenius(E), frobenius(E_after)
     removed = U @ (U.T @ E @ U) @ U.T
     return [
         Inequality("footnote 11", a, b, scale, "||E||_F", unit),

@@ -114,6 +114,12 @@ def _range(M: Array, columns: int, n_pwr_it: int, rng: np.random.Generator) -> A
 
 
 def _without_null(w: Array, d: int | None = None) -> Array:
-    """Eigenvalues with the numerically zero ones (and rounding's negative ones) set to 0."""
+    """Eigenvalues with the numerically zero ones (and rounding's negative ones) set to 0.
+
+    The rounding of products over d terms adds up like d^(1/2); measured, null eigenvalues come out below
+    7 eps lambda_1 at every d up to 8192. The worst case, d eps, is 0.002 in float32 at the paper's d: it takes
+    away most of the modes that R-KFAC has of A.
+    """
     xp = namespace(w)
-    return xp.where(w > (d or w.shape[0]) * eps(w) * w[0], w, xp.zeros_like(w))
+    floor = (8 + 2 * (d or w.shape[0]) ** 0.5) * eps(w)
+    return xp.where(w > floor * w[0], w, xp.zeros_like(w))

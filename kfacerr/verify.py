@@ -25,13 +25,13 @@ import numpy as np
 from . import propositions
 from .algorithms import Algorithm
 from .certificate import Certificate
+from .claims import EPS, TOLERANCE, Claim, Identity, Inequality, Psd, norms
 from .correction import correct
 from .exceptions import InputError
 from .factor import KFactor
 from .inverse import check_phi
 from .lowrank import LowRank
 from .process import Process, Settings
-from .propositions import Claim, Identity, Inequality, Psd
 from .recording import LayerRecording
 
 __all__ = ["Finding", "Verdict", "certificate_claims", "findings", "verify_layer"]
@@ -43,8 +43,6 @@ ROWS = 200
 
 ALARM = 1e-6
 """The chance of a false alarm in a layer's whole-stream trace checks."""
-
-EPS = float(np.finfo(np.float64).eps)
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def findings(claims: Iterable[tuple[str, Claim]]) -> list[Finding]:
 
 
 def _relative_slack(claim: Claim) -> float:
-    if isinstance(claim, Inequality) and claim.large > propositions.TOLERANCE * claim.unit * claim.scale:
+    if isinstance(claim, Inequality) and claim.large > TOLERANCE * claim.unit * claim.scale:
         return claim.slack / claim.large
     if isinstance(claim, Inequality) and claim.holds():
         return math.inf
@@ -124,7 +122,7 @@ def certificate_claims(process: Process, M: np.ndarray, phi: float, where: str) 
     top, d = float(np.linalg.norm(M, 2)), len(M)
     nuclear, rounding = float(known.nuclear), float(known.rounding)
     scale = _scale(float(np.trace(M)), rounding)
-    actual = propositions.norms(E)
+    actual = norms(E)
     yield Psd("certificate: M - M~ p.s.d.", E, scale, where)
     yield Identity("certificate: nuclear norm = t - sum D", actual["nuclear"], nuclear, scale, where)
     yield Inequality("certificate: Frobenius", actual["Frobenius"], float(known.frobenius), scale, where)
@@ -137,7 +135,7 @@ def certificate_claims(process: Process, M: np.ndarray, phi: float, where: str) 
     eye = np.eye(d)
     difference = np.linalg.inv(M - E + lam * eye) - np.linalg.inv(M + lam * eye)
     bound = known.inverse_bound(held.trace * 0 + lam)
-    inverse = propositions.norms(difference)
+    inverse = norms(difference)
     scale = d**0.5 * (1 + top / lam) / lam
     yield Inequality("certificate: inverse, spectral", inverse["spectral"], float(bound.spectral), scale, where)
     yield Inequality("certificate: inverse, Frobenius", inverse["Frobenius"], float(bound.frobenius), scale, where)
@@ -148,7 +146,7 @@ def _scale(trace: float, rounding: float) -> float:
 
     The check forms M and M~ by products, which round by 2 d^(1/2) eps t at most: TOLERANCE eps t at d = 1000.
     """
-    return trace + rounding / (propositions.TOLERANCE * EPS)
+    return trace + rounding / (TOLERANCE * EPS)
 
 
 def _dense(low: LowRank) -> np.ndarray:
@@ -239,7 +237,7 @@ class _Probes:
         G = W.T @ EW
         G = (G + G.T) / 2
         rounding = float(known.rounding)
-        scale = max(trace, rounding / (propositions.TOLERANCE * EPS))
+        scale = max(trace, rounding / (TOLERANCE * EPS))
         # W is no isometry: E <= rounding I shows as rounding W^T W.
         grown = float(np.linalg.norm(W, 2)) ** 2
         yield Psd("whole stream: W^T (M - M~) W p.s.d.", G, grown * scale)

@@ -82,3 +82,21 @@ def test_the_table_of_steps_in_the_findings_is_that_of_the_csv():
             known = (name, kind) in summary.index
             assert value == (f"{summary.ms[name, kind]:.0f}" if known else ""), (name, kind)
         assert float(ratio) == pytest.approx(summary.ratio[name, "mean"], abs=0.05), name
+
+
+def test_the_table_of_widths_is_that_of_the_spectra():
+    """Of every study along a training that is there."""
+    figures = DOCS.parent / "figures"
+    text = (DOCS / "mathematics" / "width.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([\w-]+) \| (\d+ \| [\d.]+ \| [\d.]+ \| [\d.]+ \| \d+) \|$", text, re.MULTILINE))
+    assert set(rows) == {path.parent.name for path in figures.glob("*/spectra.csv.gz")}
+    for name, row in rows.items():
+        spectra = pd.read_csv(figures / name / "spectra.csv.gz")
+        spectra = spectra[spectra.factor == "G"]
+        values = []
+        for _, one in spectra.groupby(["seed", "epoch"]):
+            w = one.eigenvalue.sort_values(ascending=False).to_numpy()
+            theta, r = w[0] / w.sum(), round(220 / 2048 * len(w))
+            values.append((theta, len(w) * w[r] / w.sum(), w[r] / w[0], (w > 0.1 * w[0]).sum()))
+        mean = pd.DataFrame(values).mean()
+        assert row == f"{len(w)} | {mean[0]:.3f} | {mean[1]:.2f} | {mean[2]:.3f} | {mean[3]:.0f}", name

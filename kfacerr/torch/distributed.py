@@ -8,8 +8,8 @@ has the columns `sqrt(b_i/B) A_i` and `sqrt(B/b_i) G_i/W`, which for equal batch
 Processes that read columns (Brand's) get all of them, gathered; a dense factor that only an EVD or RSVD reads gets
 the sum of the `X_i X_i^T`. Each decomposition that is due is done by one process and its result broadcast, the
 largest first, each to the process with the least to do. Sketches and choices are drawn by the one that decomposes,
-and the state of its generator is broadcast too. So all processes hold the same state, and a checkpoint of one is
-good for any number of them.
+and the state of its generator is broadcast too. K-FAC decomposes nothing before its inverse is asked for, and each
+process takes that by itself. So all processes hold the same state, and a checkpoint of one is good for any number.
 """
 
 import math

@@ -142,3 +142,30 @@ def test_bad_settings_and_values_are_refused(xp):
             sketch(rsvd, M, **bad)
     with pytest.raises(InputError, match="NaN or Inf"):
         evd(xp.array(np.full((3, 3), np.nan)))
+
+
+@METHODS
+def test_small_modes_of_a_large_factor_are_no_zeros_in_float32(fast_xp, method):
+    """At 1e-4 lambda_1 they are below d eps, the worst case of rounding, and a thousand times above what it is."""
+    d, rng = 2048, np.random.default_rng(0)
+    D = np.array([1.0, *np.linspace(1.2e-4, 0.8e-4, 20)])
+    U = np.linalg.qr(rng.standard_normal((d, len(D))))[0]
+    M = fast_xp.array((U * D) @ U.T, np.float32)
+    low = method(M, 30, oversampling=10, n_pwr_it=2, rng=rng)
+    np.testing.assert_allclose(fast_xp.numpy(low.D)[: len(D)], D, rtol=0.01)
+    assert not fast_xp.numpy(low.D)[len(D) :].any()
+
+
+@pytest.mark.parametrize("q", [0, 1, 4])
+@METHODS
+def test_a_sketch_takes_q_plus_1_products_with_m(xp, method, q):
+    """The range is that of M^(q+1) W: of M^q W it would be another one wherever the spectrum decays slowly."""
+    M = psd(np.random.default_rng(2), "slow decay", 30)
+    Y = np.random.default_rng(0).standard_normal((30, 7))
+    for _ in range(q + 1):
+        Y = np.linalg.qr(M @ Y)[0]
+    P = Y @ Y.T
+    low = sketch(method, xp.array(M), 7, oversampling=0, n_pwr_it=q)
+    w, V = np.linalg.eigh(M @ P @ M)  # RS: (M Q Q^T M)^(1/2)
+    expected = (V * np.sqrt(np.maximum(w, 0))) @ V.T if method is rsvd else P @ M @ P
+    assert np.linalg.norm(xp.numpy(low.dense()) - expected) <= 1e-7 * np.linalg.norm(M)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfacerr.torch import KFAC, SENG, factored
 
@@ -117,3 +118,28 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return set(one) == set(other) and all(
         torch.equal(a, other[key]) if isinstance(a, Tensor) else a == other[key] for key, a in one.items()
     )
+
+
+class New(TorchDispatchMode):
+    """Counts the operations that allocate at least `size` elements, and remembers the largest."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count, self.largest = size, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {v.untyped_storage().data_ptr() for v in _tensors((args, tuple((kwargs or {}).values())))}
+        for value in _tensors(out):
+            if value.untyped_storage().data_ptr() not in known:
+                self.count += value.numel() >= self.size
+                self.largest = max(self.largest, value.numel())
+        return out
+
+
+def _tensors(tree):
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from _tensors(item)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from kfacerr.exceptions import InputError
 from kfacerr.torch import KFAC, SENG
 from tests.kfacerr.torch.cases import CASES, Case, leaves, loss_of, parameters, relative, same, snapshot, train
+from tests.kfacerr.torch.test_columns import Conv1D
 
 
 @pytest.fixture(params=CASES)
@@ -595,6 +596,50 @@ def test_a_layer_the_backward_does_not_reach_is_left_alone(case):
     F.cross_entropy(net(x, both=True), y).backward()
     optimizer.step()
     assert not torch.equal(parameters(net.idle), before)
+
+
+def _transposed(net: nn.Sequential) -> nn.Sequential:
+    """Its Linear layers as transformers' Conv1D, whose weight is (d_in, d_out)."""
+    twin = copy.deepcopy(net)
+    for i, layer in enumerate(twin):
+        if isinstance(layer, nn.Linear):
+            twin[i] = Conv1D(layer.out_features, layer.in_features).to(layer.weight.dtype)
+            twin[i].weight.data, twin[i].bias.data = layer.weight.detach().T.contiguous(), layer.bias.detach()
+    return twin
+
+
+def _flattened(net: nn.Sequential) -> nn.Sequential:
+    """Its convolutions over images of height 1 as convolutions over sequences."""
+    twin = copy.deepcopy(net)
+    first = nn.Conv1d(2, 3, 3, padding=1).double()
+    first.weight.data, first.bias.data = twin[0].weight.detach()[:, :, 0], twin[0].bias.detach()
+    twin[0] = first
+    return twin
+
+
+def _images_of_height_1() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(2, 3, (1, 3), padding=(0, 1)), nn.Tanh(), nn.Flatten(), nn.Linear(18, 5)
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("kind", ["Conv1D of transformers", "Conv1d"])
+def test_layers_of_another_layout_take_the_same_steps(case, kind):
+    sequences = kind == "Conv1d"
+    plain = _images_of_height_1() if sequences else case.make()
+    twin = (_flattened if sequences else _transposed)(plain)
+    for net in (plain, twin):
+        optimizer = case.optimizer(net, weight_decay=0.01)
+        for k in range(6):
+            x, y = case.batch(k)
+            if sequences:
+                x = torch.randn(4, 2, 1, 6, generator=torch.Generator().manual_seed(k), dtype=x.dtype)
+                x = x[:, :, 0] if net is twin else x
+            train(net, optimizer, [(x, y % 5)])
+        assert len(optimizer.layers) == sum(hasattr(layer, "weight") for layer in net)
+    for p, q in zip(plain.parameters(), twin.parameters(), strict=True):
+        q = q.T if q.ndim == 2 and not sequences else q
+        assert relative(q.detach().reshape(p.shape), p.detach()) <= 1e-11
 
 
 # ---- numbers that are not finite, precision -----------------------------------------------------------------

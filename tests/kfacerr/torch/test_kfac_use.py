@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfacerr import inverse as inverses
 from kfacerr import processes
@@ -18,6 +17,7 @@ from kfacerr.torch._kfac_layer import process_of
 from tests.kfacerr.torch.cases import (
     ALGORITHMS,
     BUSY,
+    New,
     convnet,
     images,
     leaves,
@@ -356,31 +356,18 @@ def test_a_dead_layer_gets_the_plain_gradient_and_no_nan(algorithm, caplog):
     assert not torch.equal(net[0].weight, first)
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(value, Tensor):
-                self.numel = max(self.numel, value.numel())
-        return out
-
-
 @pytest.mark.parametrize("linear", [False, True], ids=["Algorithm 1", "Algorithm 8"])
 def test_brand_kfac_of_a_wide_layer_allocates_nothing_larger_than_its_weight(linear):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16384, 48, bias=False), nn.Tanh(), nn.Linear(48, 10))
     optimizer = KFAC(net, "B-KFAC", rank=8, T_updt=1, T_brand=1, linear_application=linear)
-    with Largest() as largest:
+    with New(1) as new:
         for k in range(4):
             g = torch.Generator().manual_seed(k)
             batch = torch.randn(16, 16384, generator=g), torch.randint(10, (16,), generator=g)
             train(net, optimizer, [batch])
     assert type(process_of(optimizer.layers["0"].factors["A"])).__name__ == "Brand"
-    assert largest.numel == 48 * 16384  # of 16384^2 = 2.7e8 for one factor
+    assert new.largest == 48 * 16384  # of 16384^2 = 2.7e8 for one factor
     held = [v.numel() for key, v in snapshot(optimizer).items() if "/layers/0/" in key and isinstance(v, Tensor)]
     assert max(held) <= 16384 * (8 + 16)
 

@@ -9,16 +9,15 @@ import warnings
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfacerr.exceptions import InputError
 from kfacerr.torch import KFAC, FactoredLinear, factored
 from kfacerr.torch._direction import Product
 from kfacerr.torch.linear import FactoredParameter, formed, has_gradient, held
-from tests.kfacerr.torch.cases import convnet, images, loss_of, mlp, parameters, relative, train, vectors
+from tests.kfacerr.torch.cases import New, convnet, images, loss_of, mlp, parameters, relative, train, vectors
 
 BUSY = {"rank": 4, "lr": 0.1, "T_updt": 3, "T_inv": 3, "T_brand": 3, "T_corct": 6, "T_rsvd": 6, "momentum": 0.5}
 
@@ -352,33 +351,6 @@ def test_whatever_reads_or_changes_the_gradient_gets_what_a_linear_layer_gives(c
     )
 
 
-def test_gradscaler_and_a_declared_loss_scale_give_the_unscaled_steps(caplog):
-    results = {}
-    for way in ("plain", "declared", "scaler"):
-        net = factored(mlp(torch.float32))
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-        scale = {"plain": 1.0, "declared": 64.0, "scaler": scaler.get_scale}[way]
-        optimizer = KFAC(net, "B-KFAC", **BUSY, clip=None, loss_scale=scale)
-        for k in range(4):
-            optimizer.zero_grad()
-            loss = loss_of(net, vectors(k, dtype=torch.float32))
-            if way == "scaler":
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                continue
-            (loss if way == "plain" else 64 * loss).backward()
-            if way == "declared":
-                assert is_deferred(net[0].weight)
-                for p in net[2].parameters():
-                    p.grad /= 64
-            optimizer.step()
-        results[way] = parameters(net)
-    assert relative(results["declared"], results["plain"]) <= 1e-5
-    assert relative(results["scaler"], results["plain"]) <= 1e-5
-    assert "Algorithm 1" not in caplog.text
-
-
 def test_a_gradient_that_the_optimizer_forms_is_unscaled():
     results = []
     for scale in (1, 64):
@@ -410,20 +382,6 @@ def test_sampled_labels_take_algorithm_1_and_the_log_says_so(caplog):
         results.append(parameters(net))
     assert relative(results[1], results[0]) <= 1e-12
     assert caplog.text.count("layer '0': fisher='sampled'") == 1
-
-
-@pytest.mark.parametrize("k", [0, 1], ids=["update step", "other step"])
-def test_a_gradient_that_is_not_finite_skips_the_step(k, caplog):
-    net = drop_in()
-    optimizer = KFAC(net, "B-KFAC", **BUSY)
-    train(net, optimizer, [vectors(j) for j in range(k)])
-    before = parameters(net)
-    optimizer.zero_grad()
-    net[0](vectors(7)[0]).mul(torch.inf).sum().backward()  # only the held gradient is not finite
-    assert is_deferred(net[0].weight)
-    optimizer.step()
-    assert torch.equal(parameters(net), before) and optimizer.k == k
-    assert f"step {k}: NaN or Inf" in caplog.text
 
 
 def test_without_any_estimate_the_step_is_the_plain_gradient(monkeypatch):
@@ -498,31 +456,6 @@ def test_channels_last_weights_take_algorithm_8_too():
 
 
 # ---- memory -------------------------------------------------------------------------------------------------
-
-
-class New(TorchDispatchMode):
-    """Counts the operations that allocate at least `size` elements, and remembers the largest."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size, self.count, self.largest = size, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {v.untyped_storage().data_ptr() for v in _tensors((args, tuple((kwargs or {}).values())))}
-        for value in _tensors(out):
-            if value.untyped_storage().data_ptr() not in known:
-                self.count += value.numel() >= self.size
-                self.largest = max(self.largest, value.numel())
-        return out
-
-
-def _tensors(tree):
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, tuple | list):
-        for item in tree:
-            yield from _tensors(item)
 
 
 @pytest.mark.parametrize("make", [FactoredLinear, nn.Linear], ids=["drop-in", "Linear"])

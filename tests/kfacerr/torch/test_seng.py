@@ -619,18 +619,6 @@ def test_an_evd_that_gives_nan_keeps_the_curvature(caplog, monkeypatch):
     assert "keeps its curvature at step 1: the EVD gave NaN or Inf" in caplog.text
 
 
-def test_curvature_of_a_half_precision_forward_is_kept_in_float32():
-    model, (x, y) = _normed_cnn().float(), _batch((2, 6, 5), 3)
-    optimizer = SENG(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = _loss(model(x.float()), y)
-    loss.backward()
-    optimizer.step()
-    assert _followed(optimizer) == {"0", "1", "4"}
-    for layer in optimizer.layers.values():
-        assert layer.curvature.eigenvectors.dtype == torch.float32
-
-
 def test_trains_a_small_network_with_the_settings_of_the_paper():
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(64, 2, 6, 5, generator=generator)
