@@ -164,7 +164,7 @@ def test_a_study_stopped_and_resumed_gives_the_same_tables(whole, tmp_path, caps
 
 def test_resuming_a_finished_study_changes_nothing(whole, capsys):
     before = {name: (whole / name).read_bytes() for name in RESULTS - {"environment.json"}}
-    assert _study(whole, "--resume") == 0
+    assert _study(whole, "--record", "--resume") == 0
     assert "results are in" in capsys.readouterr().err
     assert {name: (whole / name).read_bytes() for name in before} == before
 
@@ -494,7 +494,7 @@ def test_a_log_says_what_a_costly_window_will_take(tmp_path, monkeypatch, capsys
 
 
 def test_a_finished_study_says_what_was_found_in_five_lines(whole, capsys):
-    assert _study(whole, "--resume") == 0
+    assert _study(whole, "--record", "--resume") == 0
     table, _, found = capsys.readouterr().out.partition("\nClaims")
     lines = ("Claims" + found).splitlines()
     assert len(lines) == 5
