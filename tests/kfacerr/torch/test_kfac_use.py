@@ -315,7 +315,7 @@ def test_an_overwriting_whose_brand_update_fails_is_undone(monkeypatch):
     factor = optimizer.layers["0"].factors["A"]
     before = process_of(factor).state_dict()
 
-    def fails(*args):
+    def fails(*args, **options):
         raise torch.linalg.LinAlgError("the algorithm failed to converge")
 
     monkeypatch.setattr(processes, "symmetric_brand", fails)
