@@ -69,7 +69,7 @@ class Evd(Periodic):
         """M~ = M: no error, but the rounding of M by (8) and of the EVD by which M~ may be applied."""
         M, trace = factor.M, factor.trace
         d, unit, size = M.shape[0], eps(M), norm(M)
-        # Twice, as nothing else is in it: a factor that only decays after a burst rounds more than 1/(1 - rho) times.
+        # Twice: a factor that only decays after a burst has rounded more often than 1/(1 - rho) times.
         products = 2 * (LOSS[0] + LOSS[1] * d**0.5) * unit * trace / (1 - factor.rho)
         rounding = products + EVD_LOSS * d * unit * size
         return Certificate(0 * trace, rounding, rounding, rounding, d)
