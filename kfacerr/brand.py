@@ -8,11 +8,11 @@ but no QR of tall columns, and only those eigenvectors are formed that a caller 
 Accuracy. K is graded: K = S R S with S = diag(|y_i|) and R of unit diagonal, and the products carry an error of
 about eps in R, that is eps |S v|^2 along an eigenvector v. So whether a mode is there does not hang on L_i / L_1:
 a tiny column orthogonal to all others survives, a column that lies in span(U) adds no mode. The EVD of K is in
-float64, for the grading, and adds eps64 L_1. The kept modes lose orthonormality to
-(eps |S v_i|^2 + eps64 L_1) / L_i, though V diag(L)^(1/2) times its transpose still is K. Where that is much above
-eps (columns nearly, but not quite, in the span of others; or strong grading) those modes are formed and made
-orthonormal by their own, well-conditioned Gram matrix ("twice is enough"). `orthonormalised` measures what is left
-on the carried modes, and does the same if rounding has added up over updates.
+float64, for the grading, and adds eps64 L_1 (for small L_i less: `_graded_evd`). The kept modes lose
+orthonormality to (eps |S v_i|^2 + eps64 L_1) / L_i, though V diag(L)^(1/2) times its transpose still is K. Where
+that is much above eps (columns nearly, but not quite, in the span of others; or strong grading) those modes are
+formed and made orthonormal by their own, well-conditioned Gram matrix ("twice is enough"). `orthonormalised`
+measures what is left on the carried modes, and does the same if rounding has added up over updates.
 
 Speed. One update of a process is three products with tall matrices and the EVD of K: `carried` forms the r modes
 that go on in their place beside the new columns, in one allocation, and the probes of their orthonormality ride
@@ -27,7 +27,7 @@ import numpy as np
 
 from .array import check_columns, device_array, eigh_descending, eps, namespace, product_into, to_numpy
 from .exceptions import InputError
-from .lowrank import LowRank, without_null
+from .lowrank import LowRank, null_level, without_null
 from .stream import Array
 
 __all__ = ["Beside", "brand", "carried", "orthonormalised", "symmetric_brand"]
@@ -207,28 +207,40 @@ def _evd_of_gram(Y: Array, scale: Array | None, gram: Array) -> tuple[LowRank, n
     graded = xp.sum(xp.linalg.diagonal(K)[:, None] * V**2, axis=0)
     p = Y.shape[1]
     unit = eps(L)
-    kept = without_null(L, unit) > 2 * p**0.5 * eps(Y) * graded
+    kept = without_null(L, unit, p) > 2 * p**0.5 * eps(Y) * graded
     one = xp.ones_like(L)
     inverse_root = xp.where(kept, 1 / xp.sqrt(xp.where(kept, L, one)), 0 * one)
     # Sorting again: a null mode may stand before a tiny one that is real.
     L = xp.where(kept, L, 0 * one)
     order = xp.argsort(L, descending=True, stable=True)
     mix = xp.take(s[:, None] * V * inverse_root[None, :], order, axis=1)
-    loss = xp.maximum(eps(Y) * graded, unit * xp.max(L) * one)
+    top = xp.max(L) * one
+    small = xp.minimum(xp.sqrt(L / xp.where(top > 0, top, one)) * unit**-0.25, one)  # `_graded_evd`
+    loss = xp.maximum(eps(Y) * graded, unit * top * small)
     doubt = to_numpy(xp.take(kept & (loss > DOUBT * eps(Y) * L), order))
     return LowRank(Y, xp.astype(xp.take(L, order), Y.dtype), xp.astype(mix, Y.dtype)), doubt
 
 
 def _graded_evd(K: Array) -> tuple[Array, Array]:
-    """`eigh_descending` of a graded K (p, p), its rows in descending order of their diagonal.
+    """`eigh_descending` of a graded K (p, p), with small eigenvalues on their own scale.
 
-    A tridiagonalisation that starts at the largest rows rounds the others on their own scale, where in any other
-    order it rounds all by eps64 L_1: at K_ii/K_11 = 1e-12 small eigenvalues gain two to ten digits.
+    An EVD rounds all of them by u L_1, u = eps64. Where some are below s = u^(1/2) L_1, their eigenvectors V_t are
+    off by u in the direction of the large ones. So T = V_t^T K V_t has lost u^2 L_1, and by the coupling that it
+    leaves out u^2 L_1^2 / s = u^(3/2) L_1; it is rounded on its own scale, as V_t is small where K is large. Its
+    EVD gives them anew. Nothing below `null_level` u L_1 is a mode, so once is enough. The coupling itself, u L_1,
+    costs a small mode and a large one u L_1 / (L_i s)^(1/2) of their orthonormality.
     """
     xp = namespace(K)
-    order = xp.argsort(xp.linalg.diagonal(K), descending=True, stable=True)
-    w, V = eigh_descending(xp.take(xp.take(K, order, axis=0), order, axis=1), "Brand update")
-    return w, xp.take(V, xp.argsort(order), axis=0)
+    L, V = eigh_descending(K, "Brand update")
+    unit = eps(L)
+    split, size = unit**0.5 * L[0], xp.abs(L)
+    if not bool(xp.any((size < split) & (size > null_level(K.shape[0]) * unit * L[0]))):
+        return L, V
+    first, last = (int(xp.sum(xp.astype(which, L.dtype))) for which in (L >= split, L > -split))
+    Vt = V[:, first:last]
+    T = Vt.T @ (K @ Vt)
+    lower, P = eigh_descending((T + T.T) / 2, "Brand update")
+    return xp.concat([L[:first], lower, L[last:]]), xp.concat([V[:, :first], Vt @ P, V[:, last:]], axis=1)
 
 
 def _once_more(X: LowRank, doubt: np.ndarray) -> LowRank:
@@ -288,14 +300,14 @@ def _orthonormalising(gram: Array, D: Array) -> tuple[Array, Array]:
     exact = (Q / root[None, :]) @ (Q.T @ P)
     R = xp.astype(exact, D.dtype)
     longer = xp.sum(xp.astype(R, xp.float64) ** 2, axis=0) / xp.sum(exact**2, axis=0)
-    return xp.astype(without_null(w, eps(w)) / longer, D.dtype), R
+    return xp.astype(without_null(w, eps(w), w.shape[0]) / longer, D.dtype), R
 
 
 def _dense_evd(M: Array) -> LowRank:
     """All d modes of a dense matrix: used where r + n >= d and nothing is low-rank any more."""
     xp = namespace(M)
     w, V = eigh_descending(xp.astype(M, xp.float64), "Brand update")
-    return LowRank(xp.astype(V, M.dtype), xp.astype(without_null(w, eps(M)), M.dtype))
+    return LowRank(xp.astype(V, M.dtype), xp.astype(without_null(w, eps(M), w.shape[0]), M.dtype))
 
 
 def _defect(products: Array, probes: Array, D: Array) -> float:

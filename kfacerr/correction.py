@@ -1,5 +1,6 @@
 """Algorithm 6: the light correction of a low-rank representation."""
 
+import array_api_compat as compat
 import numpy as np
 
 from .array import device_array, eigh_descending, namespace
@@ -33,7 +34,10 @@ def correct(X: LowRank, M: Array, idx: np.ndarray) -> LowRank:
     US = picked if X.mix is None else X.basis @ picked
     MS = US.T @ (M @ US)
     w, V = eigh_descending((MS + MS.T) / 2, "correction")
-    w = xp.where(w > 0, w, xp.zeros_like(w))
+    # Absent modes with zero columns stay absent: an EVD rounds their eigenvalues, of which so many are zero.
+    absent = xp.sum(xp.astype(xp.linalg.diagonal(MS) <= 0, w.dtype))
+    descending = xp.arange(w.shape[0], dtype=w.dtype, device=compat.device(w))
+    w = xp.where((w > 0) & (descending < w.shape[0] - absent), w, xp.zeros_like(w))
     D = xp.concat([xp.take(X.D, rest), w])
     columns = xp.concat([xp.take(columns, rest, axis=1), picked @ V], axis=1)
     order = xp.argsort(D, descending=True, stable=True)

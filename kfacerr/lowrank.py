@@ -6,32 +6,34 @@ from functools import cached_property
 from .array import namespace
 from .stream import Array
 
-__all__ = ["NULL", "LowRank", "without_null"]
-
-NULL = 64.0
-"""An eigenvalue that NULL roundings may have made is no mode."""
+__all__ = ["LowRank", "null_level", "without_null"]
 
 
-def without_null(w: Array, unit: float, top: Array | None = None) -> Array:
+def null_level(order: int) -> float:
+    """How many roundings of w_1 an eigenvalue of a p.s.d. matrix of this order may be and still be no mode.
+
+    Entry (i, j) of a matrix M is rounded by about unit |M_ij|, with a sign of its own; such an error has a norm of
+    about 2 unit max_i |M e_i|, at most 2 unit w_1. The EVD adds as much, slowly growing. Twice the most seen of
+    zero eigenvalues: 4 at order 4, 8 at 200, 19 at 1000. (The common rule, order unit w_1, is below rounding for
+    small orders, and at 2000 in float32 it takes modes of 2e-4 w_1 for zero.) It stays below the rounding that
+    `kfacerr.certificate` allows for.
+    """
+    return 8 + order**0.5
+
+
+def without_null(w: Array, unit: float, order: int) -> Array:
     """Eigenvalues (m,) of a p.s.d. matrix, the null ones set to 0: the numerical rank is how many stay positive.
-
-    Null are those up to NULL unit w_1. Entry (i, j) of a matrix M is rounded by about unit |M_ij|, with a sign of
-    its own; such an error has a spectral norm of about 2 unit max_i |M e_i|, which is at most 2 unit w_1 at any d.
-    The EVD adds as much. The most seen of a zero eigenvalue, d = 3 to 2000, is 27 unit w_1. (The common rule,
-    d unit w_1, is below rounding for small d, and at d = 2000 in float32 it takes modes of 2e-4 w_1 for zero.)
-    As NULL is several times that, two backends disagree on a mode only if its eigenvalue is within their rounding
-    of the threshold, and not whenever it is zero.
 
     Args:
         w: (m,) descending; rounding may have made some negative.
         unit: round-off of what w was computed from.
-        top: what w_1 stands for, if it is not the matrix's largest eigenvalue.
+        order: of the matrix.
 
     Returns:
         (m,).
     """
     xp = namespace(w)
-    return xp.where(w > NULL * unit * (w[0] if top is None else top), w, xp.zeros_like(w))
+    return xp.where(w > null_level(order) * unit * w[0], w, xp.zeros_like(w))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ __all__ = ["SKETCHES", "check_sketch", "evd", "nystrom", "nystrom_on", "rsvd", "
 def evd(M: Array, r: int | None = None) -> LowRank:
     """The exact EVD of M (d, d) symmetric p.s.d., truncated to r modes if r is given. Cubic in d."""
     w, V = eigh_descending(M, "EA factor")
-    return LowRank(V, without_null(w, eps(w))).truncate(M.shape[0] if r is None else r)
+    return LowRank(V, without_null(w, eps(w), M.shape[0])).truncate(M.shape[0] if r is None else r)
 
 
 def rsvd(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.Generator) -> LowRank:
@@ -45,7 +45,7 @@ def rsvd(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.G
     # SVD of the tall M Q through its QR: a Gram matrix would square the singular values.
     QZ, RZ = xp.linalg.qr(M @ Q)
     U, S, _ = xp.linalg.svd(RZ, full_matrices=False)
-    return LowRank(QZ @ U[:, :r], without_null(S[:r], eps(S)))
+    return LowRank(QZ @ U[:, :r], without_null(S[:r], eps(S), M.shape[0]))
 
 
 def srevd(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.Generator) -> LowRank:
@@ -58,7 +58,7 @@ def srevd(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.
     Q = _range(M, r + oversampling, n_pwr_it, rng)
     C = Q.T @ (M @ Q)
     w, V = eigh_descending((C + C.T) / 2, "EA factor")
-    return LowRank(Q @ V[:, :r], without_null(w[:r], eps(w)))
+    return LowRank(Q @ V[:, :r], without_null(w[:r], eps(w), M.shape[0]))
 
 
 def nystrom(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.Generator) -> LowRank:
@@ -76,7 +76,8 @@ def nystrom_on(M: Array, Q: Array, r: int) -> LowRank:
 
     Tropp et al. add nu I to M, factor Q^T M Q + nu I by Cholesky and take nu off the eigenvalues at the end. Here
     the eigenvalues of C = Q^T M Q are raised to at least nu instead. The inverse of a larger C is smaller, so that
-    this cannot break M~ <= M either; nothing can fail, and the eigenvalues above nu are as they are.
+    this cannot break M~ <= M either; nothing can fail, and the eigenvalues above nu are as they are. (A stream's
+    sketch never has M, and C there is graded: `kfacerr.sketching`.)
     """
     xp = namespace(M, Q)
     Y = M @ Q
@@ -88,7 +89,7 @@ def nystrom_on(M: Array, Q: Array, r: int) -> LowRank:
     # M~ = F F^T. Through a QR, not a Gram matrix, for the sake of the small eigenvalues.
     QF, RF = xp.linalg.qr((Y @ V) / xp.sqrt(w)[None, :])
     U, S, _ = xp.linalg.svd(RF, full_matrices=False)
-    return LowRank(QF @ U[:, :r], without_null(S[:r] ** 2, eps(S)))
+    return LowRank(QF @ U[:, :r], without_null(S[:r] ** 2, eps(S), M.shape[0]))
 
 
 SKETCHES = {"rs": rsvd, "sre": srevd, "nystrom": nystrom}

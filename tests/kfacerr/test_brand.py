@@ -206,6 +206,26 @@ def test_a_thousand_float32_updates_stay_orthonormal_ordered_and_near_float64(fa
         assert np.linalg.norm(fast_xp.numpy(low.dense()) - M) <= 1e-4 * np.linalg.norm(M)
 
 
+@pytest.mark.parametrize("seed", [10, 50, 57])
+def test_float32_stays_near_float64_while_a_burst_fades(fast_xp, seed):
+    """Beside two columns 1e6 times the others M is near float64's rounding; 250 updates later that is all of M."""
+    rng = np.random.default_rng(seed)
+    burst = 10 ** rng.uniform(4, 7.5)
+    root = 0.04 * orthogonal(rng, 31) * np.sqrt(spectrum("slow decay", 31))
+    single, double = (Brand(rank=6, rho=0.9) for _ in range(2))
+    for k in range(300):
+        X = root @ rng.standard_normal((31, 3)) / 3**0.5
+        if k == 12:
+            X[:, rng.choice(3, size=2, replace=False)] *= burst
+        X = X.astype(np.float32)
+        single.update(k, fast_xp.array(X), None)
+        double.update(k, X.astype(float), None)
+        expected = double.estimate.lowrank.dense()
+        got = fast_xp.numpy(single.estimate.lowrank.dense()).astype(float)
+        assert np.linalg.norm(got - expected) <= 1e-4 * np.linalg.norm(expected), k
+        assert defect(single.estimate.lowrank, fast_xp) <= 1e-4
+
+
 def test_float64_gram_updates_follow_the_dense_process(fast_xp):
     kinds = ("plain", "zero", "repeated", "in span", "huge", "tiny")
     columns = stream(np.random.default_rng(5), d=30, n=4, steps=60, kinds=kinds, decay="slow decay")

@@ -71,6 +71,17 @@ def test_the_unformed_representation_is_corrected_alike(xp, rng, count):
     assert np.linalg.norm(xp.numpy(one.dense()) - xp.numpy(other.dense())) <= 1e-11
 
 
+@given(rng=generators, decay=st.sampled_from(SPECTRA))
+def test_absent_modes_stay_absent(xp, rng, decay):
+    """Columns in the span add none, and what an EVD leaves of them at rounding must not be taken for modes."""
+    d, m, absent = 24, 10, 6
+    low = symmetric_brand(None, xp.array(np.repeat(rng.standard_normal((d, m)), 2, axis=1)[:, : m + absent]))
+    present = int(low.modes)
+    assert present <= m < low.m
+    after = correct(low, xp.array(psd(rng, decay, d)), rng.permutation(low.m))
+    assert int(after.modes) <= present
+
+
 def test_after_a_correction_the_error_need_not_be_psd():
     """Design §4: M >= X before the correction, not after. So it may overestimate, and Prop. 3.2 stops holding."""
     M = np.array([[2.0, 1.0], [1.0, 1.0]])

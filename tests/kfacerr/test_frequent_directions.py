@@ -71,6 +71,14 @@ def test_it_is_the_dense_recursion(xp, columns, rho, r):
         assert abs(mass - escaped) <= 1e-11 * np.linalg.norm(M)
 
 
+def test_a_mode_near_rounding_is_not_dropped_beyond_what_is_certified(xp):
+    """At 50 roundings of the largest it is more than the certificate allows for: it is a mode."""
+    small = (50 * float(np.finfo(np.float32).eps)) ** 0.5
+    columns = [np.diag([1, small]).astype(np.float32) for _ in range(2)]
+    for M, estimate, mass, process in run(FrequentDirections(rank=1, rho=0.3), columns, 0.3, xp):
+        assert np.linalg.eigvalsh(M - estimate)[-1] <= mass + float(process.certificate.rounding)
+
+
 def test_the_mass_is_attained():
     """One direction after another: what is shrunk off is missing in all of them alike."""
     columns = [np.eye(3)]
