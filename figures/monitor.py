@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from figures.render import save_both
 from figures.tables import note, read_table
 from kfacerr.algorithms import Algorithm
-from kfacerr.metrics import METRICS
-from kfacerr.plot import METRIC_LABELS, ROUNDING, style
+from kfacerr.metrics import METRICS, ROUNDING
+from kfacerr.plot import METRIC_LABELS, style
 from kfacerr.study import CERTIFIED
 
 __all__ = ["monitor_figure", "render_monitor"]

@@ -23,7 +23,8 @@ from .factor import KFactor
 from .files import write_atomically
 from .metrics import METRICS
 from .process import Cost, Settings
-from .stream import Step, Window
+from .replay import replay
+from .stream import Window
 from .study import ErrorStudy, table
 
 if TYPE_CHECKING:
@@ -88,6 +89,10 @@ class Budget:
     def milliseconds(self, sgd: float) -> float:
         """In milliseconds, where SGD spends `sgd` on the layer."""
         return self.amount * sgd if self.relative else self.amount
+
+
+DEFAULT_BUDGET = Budget(4.0)
+"""Four times what plain SGD spends on the layer."""
 
 
 def candidates(layer: Layer, rank: int) -> list[Algorithm]:
@@ -312,7 +317,7 @@ def advise_recording(
     Args:
         layer: of an open recording.
         rank: r.
-        budget: what the inverse may cost; four times what plain SGD spends on the layer by default.
+        budget: what the inverse may cost; `DEFAULT_BUDGET` if None.
         algorithms: candidates' names; `candidates` by default.
         phi: damping ratio in place of the recording's, or of 0.1.
         dtype: to compute the errors in.
@@ -326,36 +331,26 @@ def advise_recording(
     """
     from tqdm import tqdm
 
-    where = f"{layer.path}: layer {layer.name!r}"
-    if not layer.windows:
-        raise InputError(f"{where}: no windows to measure in")
     sizes = Layer(layer.d_A, layer.d_G, layer.n, layer.update_every)
     chosen = [Algorithm.parse(name) for name in algorithms] if algorithms else candidates(sizes, rank)
     configured = Settings(rank=rank, **settings)
-    study = ErrorStudy(chosen, configured, layer.windows, phi=phi or 0.1)
-    wanted = _sampled(layer.windows)
-    rows = []
-    for step in tqdm(layer.steps(), total=len(layer), unit="step", desc="errors", disable=None):
-        if not step.update and step.k not in wanted:
-            continue
-        own = step.phi if phi is None else None
-        try:
-            rows += study.push(_converted(step, dtype)._replace(phi=own))
-        except InputError as error:
-            raise InputError(f"{where}, {error}") from None
-    if not rows:
-        raise InputError(f"{where}: no recorded iteration lies in a window")
+    study = ErrorStudy(chosen, configured, layer.windows, phi=0.1 if phi is None else phi)
+    steps = replay(
+        layer,
+        study.push,
+        convert=lambda X: X.astype(dtype),
+        phi=phi,
+        plain=_sampled(layer.windows),
+        title="errors",
+    )
+    rows = [row for new in steps for row in new]
     errors = table(rows).groupby(["algorithm", "metric"], sort=False).value.mean().unstack()
     costs = layer_costs(sizes, tqdm(chosen, desc="costs", disable=None), configured)
     frame = costs.join(errors[list(METRICS)], on="algorithm")
-    return Advice(layer.name, frame, costs.attrs["sgd"], budget or Budget(4.0), layer.update_every)
-
-
-def _converted(step: Step, dtype: str) -> Step:
-    return step._replace(A=step.A.astype(dtype), G=step.G.astype(dtype))
+    return Advice(layer.name, frame, costs.attrs["sgd"], budget or DEFAULT_BUDGET, layer.update_every)
 
 
 def _sampled(windows: Iterable[Window]) -> set[int]:
     """Iterations that are measured although they bring no update: evenly many, `ITERATIONS` at most in all."""
     all_of = [k for w in windows for k in range(w.start, w.start + w.length)]
-    return set(all_of[:: -(-len(all_of) // ITERATIONS)])
+    return set(all_of[:: max(1, -(-len(all_of) // ITERATIONS))])

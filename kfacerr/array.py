@@ -4,6 +4,7 @@ Everything else is written against the Python array API standard (array-api-comp
 outside the standard that the K-factor algorithms need; each has a plain fallback for any other namespace.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
     "normal",
     "product_into",
     "rank_k_update",
+    "scaled",
     "to_dtype",
     "to_numpy",
 ]
@@ -134,6 +136,14 @@ def map_arrays(state: Any, change: Callable[[Array], Array]) -> Any:
     if isinstance(state, dict):
         return {key: map_arrays(value, change) for key, value in state.items()}
     return change(state) if compat.is_array_api_obj(state) else state
+
+
+def scaled(X: Array, unit: float) -> Array:
+    """unit X, for a power of two; in two steps, as a unit itself may leave the range of float32."""
+    if unit == 1.0:
+        return X
+    half = 2.0 ** (math.frexp(unit)[1] // 2)
+    return (X * half) * (unit / half)
 
 
 def failures() -> tuple[type[Exception], ...]:

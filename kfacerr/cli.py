@@ -19,6 +19,7 @@ from .files import check_outputs, write_csv
 from .inverse import CONTINUATIONS, ESCAPED, check_phi
 from .metrics import METRICS
 from .process import Settings
+from .replay import replay
 from .stream import Array
 from .study import DAMPINGS, ErrorStudy, Row, averages, table
 
@@ -178,7 +179,7 @@ def _add_advise(commands: Any) -> None:
     _add_settings(add.add_argument, rank="an eighth of the smaller dimension, 4 to 220")
     add.add_argument("--layer", required=True, metavar="NAME", help="the layer")
     budget = "ms per iteration (20), or a multiple of what SGD spends on the layer (1.5x)"
-    add.add_argument("--budget", default="4x", help=budget)
+    add.add_argument("--budget", help=f"{budget}; default: 4x")
     add.add_argument("--algorithms", nargs="+", metavar="NAME", help="candidates (default: a choice by the sizes)")
     add.add_argument("--out", required=True, type=Path, metavar="CSV", help="the table of candidates")
     add.add_argument("--plot", type=Path, metavar="FILE", help="a figure of the frontier (pdf, png, svg)")
@@ -189,13 +190,15 @@ def _advise(arguments: argparse.Namespace) -> None:
     from .recording import Recording
     from .report import default_rank
 
-    budget, settings = Budget.parse(arguments.budget), _given(arguments)
+    budget = None if arguments.budget is None else Budget.parse(arguments.budget)
+    settings = _given(arguments)
     _check_outputs(arguments)
     with Recording(arguments.recording) as recording:
         layer = recording.layer(arguments.layer)
-        rank = settings.pop("rank") or default_rank(layer.d_A, layer.d_G)
+        if settings["rank"] is None:
+            settings["rank"] = default_rank(layer.d_A, layer.d_G)
         options = {"algorithms": arguments.algorithms, "phi": arguments.phi}
-        advice = advise_recording(layer, rank=rank, budget=budget, **options, **settings)
+        advice = advise_recording(layer, budget=budget, **options, **settings)
     advice.to_csv(arguments.out)
     if arguments.plot is not None:
         from .plot import save
@@ -252,8 +255,6 @@ def _replay(arguments: argparse.Namespace) -> None:
     _check_outputs(arguments)
     with Recording(arguments.recording) as recording:
         layer = recording.layer(arguments.layer)
-        if not layer.windows:
-            raise InputError(f"{arguments.recording}: layer {layer.name!r}: no windows to measure in")
         study = ErrorStudy(
             tuple(dict.fromkeys(arguments.algorithms)),
             settings,
@@ -294,25 +295,16 @@ def _measure(
     arguments: argparse.Namespace,
 ) -> list[Row]:
     """All rows of the layer; what is computed when something goes wrong is kept beside `--out`."""
-    from tqdm import tqdm
-
     rows: list[Row] = []
-    where = f"{arguments.recording}: layer {layer.name!r}"
     try:
-        for step in tqdm(layer.steps(), total=len(layer), unit="step", disable=None):
-            phi = step.phi if arguments.phi is None else None
-            try:
-                rows += study.push(step._replace(A=convert(step.A), G=convert(step.G), phi=phi))
-            except InputError as error:
-                raise InputError(f"{where}, {error}") from None
+        for new in replay(layer, study.push, convert=convert, phi=arguments.phi):
+            rows += new
     except BaseException as error:
         if rows:
             kept = _partial(arguments.out)
             write_csv(kept, table(rows, layer.windows), digits=12)
             error.add_note(f"the {len(rows)} rows computed so far are in {kept}")
         raise
-    if not rows:
-        raise InputError(f"{where}: no recorded iteration lies in a window")
     return rows
 
 

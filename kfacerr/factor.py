@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from .array import check_columns, failures, is_finite, map_arrays, namespace, to_dtype
+from .array import check_columns, failures, is_finite, map_arrays, namespace, scaled, to_dtype
 from .ea import EAFactor
 from .exceptions import InputError
 from .inverse import DampedInverse, DenseInverse, Exact, damped_inverse, exact_inverse
@@ -107,7 +107,7 @@ class KFactor:
             raise InputError(f"{self.side}: NaN or Inf in the columns")
         if self.unit is None and X.shape[1]:
             self.set_unit(float(namespace(X).max(namespace(X).abs(X))))
-        return X if self.unit in (None, 1.0) else _scaled(X, self.unit)
+        return X if self.unit is None else scaled(X, self.unit)
 
     def set_unit(self, largest: float) -> None:
         """Chooses the unit by the largest entry of the first columns; 0 leaves it open."""
@@ -299,12 +299,6 @@ def _refuse_nonfinite(process: Process, before: Mapping[str, Array | None]) -> N
     for name, part in process.computed().items():
         if part is not None and part is not before.get(name) and not is_finite(part):
             raise InputError("NaN or Inf in the decomposition")
-
-
-def _scaled(X: Array, unit: float) -> Array:
-    """unit X; in two steps, as a unit itself may leave the range of float32."""
-    half = 2.0 ** (math.frexp(unit)[1] // 2)
-    return (X * half) * (unit / half)
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -12,10 +12,13 @@ from .array import namespace, norm
 from .inverse import DampedInverse, Inverse
 from .stream import Array
 
-__all__ = ["METRICS", "angle_error", "inverse_error", "norm_error", "step_coordinates"]
+__all__ = ["METRICS", "ROUNDING", "angle_error", "inverse_error", "norm_error", "step_coordinates"]
 
 METRICS = ("inverse_A", "inverse_G", "step_norm", "step_angle")
 """Names of metrics (1)-(4) in every table."""
+
+ROUNDING = 1e-9
+"""Errors below are rounding: float64 leaves 1e-14, float32 1e-7 squared in the angle."""
 
 BLOCK = 256
 

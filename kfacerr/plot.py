@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from .algorithms import Algorithm
 from .exceptions import InputError
 from .files import write_atomically
+from .metrics import ROUNDING
 from .study import by_window
 
 __all__ = [
@@ -36,8 +37,6 @@ METRIC_LABELS = {
     "step_norm": "(3) norm error of the step",
     "step_angle": "(4) angle error of the step",
 }
-
-ROUNDING = 1e-9  # errors below are rounding: float64 leaves 1e-14, float32 1e-7 squared in the angle
 
 _STYLES = {  # Okabe-Ito colours; the line style tells them apart without colour
     "K-FAC T_inv=50": (None, "-"),  # the text's

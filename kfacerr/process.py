@@ -23,7 +23,7 @@ from .lowrank import LowRank
 from .rsvd import check_sketch
 from .stream import Array
 
-__all__ = ["Clock", "Cost", "Estimate", "Process", "Settings"]
+__all__ = ["Clock", "Cost", "Estimate", "Process", "Settings", "is_number"]
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if not _is_number(value) or value % 1 or not least <= value < float("inf"):
+            if not is_number(value) or value % 1 or not least <= value < float("inf"):
                 raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
             object.__setattr__(self, name, int(value))
         for name in ("rho", "phi_corct"):
-            if not _is_number(getattr(self, name)):
+            if not is_number(getattr(self, name)):
                 raise InputError(f"{name} must be a number, got {getattr(self, name)!r}")
         check_rho(self.rho)
         if not 0 < self.phi_corct <= 1:
@@ -88,8 +88,8 @@ _LEAST = dict.fromkeys(("oversampling", "n_pwr_it", "s", "T_base", "seed"), 0) |
 )
 
 
-def _is_number(value: Any) -> bool:
-    """Whether a value can be a setting: also NumPy's numbers and a 0-d tensor."""
+def is_number(value: Any) -> bool:
+    """Whether a value can be a setting: also NumPy's numbers and a 0-d tensor (a learning rate may be one)."""
     return not isinstance(value, str | bytes) and all(hasattr(value, name) for name in ("__float__", "__lt__"))
 
 

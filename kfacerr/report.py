@@ -19,8 +19,9 @@ from .array import to_numpy
 from .exceptions import InputError
 from .factor import KFactor
 from .files import write_atomically, write_text
-from .metrics import METRICS
+from .metrics import METRICS, ROUNDING
 from .process import Settings
+from .replay import replay
 from .rsvd import rsvd
 from .stream import Step, Window
 from .study import CERTIFIED, ErrorStudy, Row, table
@@ -35,9 +36,6 @@ __all__ = ["FactorFacts", "LayerFacts", "Measurement", "Report", "report_recordi
 
 EXACT_UP_TO = 4096
 """Factors of up to so many rows get all their eigenvalues; of larger ones the leading r + 10 by an RSVD."""
-
-ROUNDING = 1e-9
-"""Errors below are shown as 0."""
 
 _THEMES = ("light", "dark")
 
@@ -146,13 +144,15 @@ class Measurement:
         self._n = 0
         self._phi_used = phi
 
-    def push(self, step: Step) -> None:
-        """Takes the next step; see `ErrorStudy.push`."""
+    def push(self, step: Step) -> list[Row]:
+        """Takes the next step, and returns its rows; see `ErrorStudy.push`."""
         started = time.perf_counter()
-        self.rows += self.study.push(step)
+        rows = self.study.push(step)
+        self.rows += rows
         self._n = max(self._n, step.A.shape[1])
         self._phi_used = self.phi if step.phi is None else step.phi
         self.seconds += time.perf_counter() - started
+        return rows
 
     def facts(self, windows: Sequence[Window] | None = None, remark: str = "") -> LayerFacts:
         """What there is to say of the layer now.
@@ -385,26 +385,22 @@ def report_recording(
     Raises:
         InputError: no such layer, no windows, values out of range, or bad columns; names file, layer, iteration.
     """
-    from tqdm import tqdm
-
-    measurements = []
     names = list(layers) if layers else [n for n in recording.layers if recording.layer(n).windows]
     if not names:
         raise InputError(f"{recording.path}: no layer with windows to measure in")
+    measurements = []
     for layer in [recording.layer(name) for name in dict.fromkeys(names)]:
-        if not layer.windows:
-            raise InputError(f"{recording.path}: layer {layer.name!r}: no windows to measure in")
-        chosen = Settings(rank=rank or default_rank(layer.d_A, layer.d_G), **settings)
+        r = default_rank(layer.d_A, layer.d_G) if rank is None else rank
         measurement = Measurement(
-            layer.name, chosen, layer.windows, algorithms=algorithms, phi=phi or 0.1, every=layer.update_every
+            layer.name,
+            Settings(rank=r, **settings),
+            layer.windows,
+            algorithms=algorithms,
+            phi=0.1 if phi is None else phi,
+            every=layer.update_every,
         )
-        for step in tqdm(layer.steps(), total=len(layer), unit="step", desc=layer.name, disable=None):
-            own = step.phi if phi is None else None
-            step = step._replace(A=step.A.astype(dtype), G=step.G.astype(dtype), phi=own)
-            try:
-                measurement.push(step)
-            except InputError as error:
-                raise InputError(f"{recording.path}: layer {layer.name!r}, {error}") from None
+        for _ in replay(layer, measurement.push, convert=lambda X: X.astype(dtype), phi=phi):
+            pass
         measurements.append(measurement)
     return Report(measurements, title=f"How wrong are the inverses of {', '.join(names)} in {recording.path.name}")
 

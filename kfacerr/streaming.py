@@ -87,7 +87,7 @@ def based(low: LowRank, count: int, fresh: int, trace: Array, rng: np.random.Gen
         The sketch of M~.
     """
     xp = namespace(low.D)
-    present = int(xp.sum(xp.astype(low.D > 0, xp.int64)))
+    present = int(low.modes)
     kept = min(present, count - fresh)
     U, D = low.truncate(present).U, low.D[:present]
     omega = with_fresh(U[:, :kept], count, rng)

@@ -188,7 +188,7 @@ CERTIFIED = (
     "N-KFAC T_base=1",
     "W-KFAC T_inv=1",
 )
-"""The algorithms whose certificates are checked on a stretch; their sketches are rough ones (`_rough`)."""
+"""The algorithms whose certificates are checked on a stretch."""
 
 
 def brand_claim(brand: Process, before: LowRank | None, X: np.ndarray, where: str) -> Claim:

@@ -1,6 +1,5 @@
 """One layer of `KFAC`: its two K-factors, and its step by Algorithm 1 l.15-18 or by Algorithm 8."""
 
-import math
 import warnings
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms import Algorithm
-from ..array import map_arrays
+from ..array import map_arrays, scaled
 from ..exceptions import InputError
 from ..factor import KFactor
 from ..inverse import Inverse, precondition, precondition_linear
@@ -223,13 +222,13 @@ class KFACLayer(Layer):
         G, A = inverses
         unit_G, unit_A = (self.factors[side].unit or 1.0 for side in "GA")
         if columns is not None:
-            P, Q = precondition_linear(_scaled(columns.G, unit_G), _scaled(columns.A, unit_A), G, A)
-            return Product(_scaled(P, unit_G), _scaled(Q, unit_A))
+            P, Q = precondition_linear(scaled(columns.G, unit_G), scaled(columns.A, unit_A), G, A)
+            return Product(scaled(P, unit_G), scaled(Q, unit_A))
         # The dtypes differ where only the layer's input or gradient is float64.
         assert self._kind is not None
         J = self.gradient().to(self._kind[0])
-        S = precondition(_scaled(_scaled(J, unit_G), unit_A), G, A)
-        return cast(Tensor, _scaled(_scaled(S, unit_G), unit_A))
+        S = precondition(scaled(scaled(J, unit_G), unit_A), G, A)
+        return cast(Tensor, scaled(scaled(S, unit_G), unit_A))
 
     # ---------------------------------------------------------------------------------------------- state
 
@@ -287,14 +286,6 @@ class KFACLayer(Layer):
         if side == "G":
             return (self.dimensions[1],)
         return (self.width, self.width + 1) if self.bias is not None else (self.width,)
-
-
-def _scaled(X: Any, unit: float) -> Any:
-    """unit X; in two steps, as a power of two may leave the range of float32."""
-    if unit == 1.0:
-        return X
-    half = 2.0 ** (math.frexp(unit)[1] // 2)
-    return (X * half) * (unit / half)
 
 
 def _kind(d: int | None, dtype: torch.dtype, device: torch.device) -> str:

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from ..stream import Columns
 from ._direction import Product
-from ._micro_batches import MicroBatch
+from ._micro_batches import MicroBatch, micro_batch
 from ._scaling import ScaleProbe, probe
-from .columns import batch_size, is_transposed, layer_columns, weight_from_matrix, weight_matrix
+from .columns import is_transposed, weight_from_matrix, weight_matrix
 from .follower import Capture
 from .linear import FactoredParameter, forget, formed, has_gradient, held
 
@@ -83,13 +83,11 @@ class Layer:
     def collect(self, captures: Iterable[Capture]) -> None:
         """Forms the columns of captures, and releases these; of none if the weight is not optimized any more."""
         for capture in captures if self.is_optimized else ():
-            assert capture.grad is not None
-            A, G = layer_columns(self.module, capture.x, capture.grad)
+            part = micro_batch(capture, self.loss_scale)
             if self.module.bias is not None and not self.with_bias:
-                A = A[:-1]  # a bias that is not trained is no row of Mat(g)
-            if self.loss_scale != 1.0:
-                G /= self.loss_scale
-            self.parts.append(MicroBatch(Columns(A, G), batch_size(self.module, capture.x), capture.grad.dtype))
+                A, G = part.columns
+                part = part._replace(columns=Columns(A[:-1], G))  # a bias that is not trained is no row of Mat(g)
+            self.parts.append(part)
             capture.release()
 
     def discard(self) -> None:

@@ -12,13 +12,17 @@ eigenvalue, this is a scalar |T| on the step, which clipping and learning rate s
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..stream import Columns
+from .columns import batch_size, layer_columns
 
-__all__ = ["MicroBatch", "Tally", "factor_columns", "gradient_columns"]
+if TYPE_CHECKING:
+    from .follower import Capture
+
+__all__ = ["MicroBatch", "Tally", "factor_columns", "gradient_columns", "micro_batch"]
 
 
 class MicroBatch(NamedTuple):
@@ -38,6 +42,15 @@ class MicroBatch(NamedTuple):
     def positions(self) -> float:
         """|T|, columns per sample."""
         return self.columns.A.shape[1] / max(self.batch, 1)
+
+
+def micro_batch(capture: "Capture", loss_scale: float) -> MicroBatch:
+    """What the backward behind a capture left, of a loss that was multiplied with `loss_scale`."""
+    assert capture.grad is not None
+    A, G = layer_columns(capture.module, capture.x, capture.grad)
+    if loss_scale != 1.0:
+        G /= loss_scale  # G is no view: `layer_columns` scales it by the batch
+    return MicroBatch(Columns(A, G), batch_size(capture.module, capture.x), capture.grad.dtype)
 
 
 class Tally(NamedTuple):

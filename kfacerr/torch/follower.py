@@ -17,7 +17,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ..exceptions import InputError
 from ..stream import Columns
 from ._autograd import Backward, gradient_node, wanted
-from .columns import is_linear, layer_columns
+from ._micro_batches import micro_batch
+from .columns import is_linear
 from .linear import has_gradient
 
 __all__ = [
@@ -301,14 +302,12 @@ class ColumnHooks:
         captures = self._follower.take()
         columns = {}
         try:
-            for name, module in self._modules.items():
+            for name in self._modules:
                 if name not in captures:
                     raise InputError(f"layer {name!r} was {self._missed(name in reached)}")
                 (capture,) = captures[name]
-                assert capture.grad is not None
                 with torch.no_grad():
-                    A, G = layer_columns(module, capture.x, capture.grad)
-                    columns[name] = Columns(A, G if loss_scale == 1.0 else G.div_(loss_scale))
+                    columns[name] = micro_batch(capture, loss_scale).columns
             return columns
         finally:
             release(captures)

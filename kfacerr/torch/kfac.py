@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..exceptions import InputError
 from ..inverse import CONTINUATIONS
+from ..process import is_number
 from ._kfac_layer import KFACLayer
 from ._kfac_step import KFACStep
 from ._likelihoods import LIKELIHOODS
@@ -28,7 +29,7 @@ from .distributed import Team
 from .follower import Capture, shared_parameters, unfollowable
 from .layer_optimizer import LayerOptimizer, unwrapped
 from .linear import FactoredLinear
-from .policy import PRESETS, SGD, Given, Hyper, LayerPolicy, Scheduled, Schedules, check_policy, is_number
+from .policy import PRESETS, SGD, Given, Hyper, LayerPolicy, Scheduled, Schedules, check_policy
 
 __all__ = ["KFAC"]
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..array import map_arrays
 from ..exceptions import InputError
+from ..process import is_number
 from ._direction import Direction, descend
 from ._layer import Layer
 from ._precision import full_precision
@@ -23,7 +24,6 @@ from ._scaling import ScaleCheck
 from .distributed import Team, is_sharded
 from .follower import Capture, Follower, release, shared_parameters, unfollowable
 from .linear import forget
-from .policy import is_number
 
 __all__ = ["LayerOptimizer", "unwrapped"]
 

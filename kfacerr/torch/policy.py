@@ -14,7 +14,7 @@ import numpy as np
 from ..algorithms import Algorithm
 from ..exceptions import InputError
 from ..inverse import check_phi
-from ..process import Process, Settings
+from ..process import Process, Settings, is_number
 
 __all__ = [
     "DEFAULTS",
@@ -182,11 +182,6 @@ class Schedules:
             check_phi(phi)
             self._held = epoch, Hyper(Settings(**values), int(T_updt), float(phi))
         return self._held[1]
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value can be a setting: also NumPy's numbers and a 0-d tensor (a learning rate may be one)."""
-    return not isinstance(value, str | bytes) and all(hasattr(value, name) for name in ("__float__", "__lt__"))
 
 
 def choice_of_side(policy: LayerPolicy, side: str) -> Choice:

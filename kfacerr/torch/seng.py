@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from ..array import map_arrays
 from ..exceptions import InputError
+from ..process import is_number
 from ._curvature import (
     Curvature,
     DenseGradients,
@@ -37,7 +38,6 @@ from .distributed import Team
 from .follower import Capture, shared_parameters
 from .layer_optimizer import LayerOptimizer, unwrapped
 from .linear import finite_gradients
-from .policy import is_number
 
 __all__ = ["SENG", "seng_learning_rate"]
 

@@ -29,8 +29,7 @@ from ..recording import Recording
 from ..report import Measurement, Report, default_rank
 from ..stream import Columns, Step, Window
 from ..study import ErrorStudy
-from ._micro_batches import MicroBatch, Tally, gradient_columns
-from .columns import batch_size, layer_columns
+from ._micro_batches import Tally, gradient_columns, micro_batch
 from .follower import Capture, Follower, followable_layers, release
 
 __all__ = ["Watch", "watch"]
@@ -83,7 +82,7 @@ def watch(
     """
     if every < 1:
         raise InputError(f"every must be at least 1 step, got {every}")
-    settings = Settings(rank=rank or 1, rho=rho, continuation=continuation, seed=seed)
+    settings = Settings(rank=1 if rank is None else rank, rho=rho, continuation=continuation, seed=seed)
     chosen = _chosen(model, layers)
     named = tuple(dict.fromkeys(map(str, map(Algorithm.parse, algorithms))))
     measured = _Windows(every, windows)
@@ -222,11 +221,7 @@ class Watch:
     def _columns(self, name: str, passes: Sequence[Capture]) -> Columns:
         """The columns of the whole step, in the precision that they are measured in."""
         scale = float(self._loss_scale() if callable(self._loss_scale) else self._loss_scale)
-        parts = []
-        for capture in passes:
-            assert capture.grad is not None
-            A, G = layer_columns(capture.module, capture.x, capture.grad)
-            parts.append(MicroBatch(Columns(A, G / scale), batch_size(capture.module, capture.x), G.dtype))
+        parts = [micro_batch(capture, scale) for capture in passes]
         batch, n = sum(part.batch for part in parts), sum(part.columns.A.shape[1] for part in parts)
         columns = gradient_columns(parts, Tally(batch, (n,), double=False))
         dtype = torch.float64 if columns.A.device.type == "cpu" else torch.float32
@@ -242,7 +237,7 @@ class Watch:
     def _start(self, name: str, step: Step) -> None:
         """At a layer's first columns, which tell its dimensions."""
         d_A, d_G = step.A.shape[0], step.G.shape[0]
-        rank = self._rank or default_rank(d_A, d_G)
+        rank = default_rank(d_A, d_G) if self._rank is None else self._rank
         settings = Settings(**{**vars(self._settings), "rank": rank})
         windows = self._windows.windows
         self._measurements[name] = Measurement(
@@ -275,12 +270,12 @@ class Watch:
         windows = self._windows.reached(self.k)
         return Report(measured, seconds=seconds, windows=windows, remarks=self._stopped)
 
-    def advise(self, layer: str | None = None, budget: str = "4x") -> Advice:
+    def advise(self, layer: str | None = None, budget: str | None = None) -> Advice:
         """Which inverse a watched layer should have; see `kfacerr.advice`.
 
         Args:
             layer: its name; the first watched one if None.
-            budget: ms per iteration ("20"), or a multiple of what SGD spends on the layer ("1.5x").
+            budget: ms per iteration ("20"), or a multiple of what SGD spends on the layer ("1.5x"); "4x" if None.
 
         Returns:
             The advice, from a replay of the recording.
@@ -292,9 +287,10 @@ class Watch:
             raise InputError("advice needs the recording of a block that has ended: watch(..., record='run.h5')")
         with Recording(self._record) as recording:
             found = recording.layer(layer or self.layers[0])
-            rank = self._rank or default_rank(found.d_A, found.d_G)
-            limit = Budget.parse(budget)
-            return advise_recording(found, rank=rank, budget=limit, phi=self._phi, rho=self._settings.rho)
+            rank = default_rank(found.d_A, found.d_G) if self._rank is None else self._rank
+            settings = {**vars(self._settings), "rank": rank}
+            limit = None if budget is None else Budget.parse(budget)
+            return advise_recording(found, budget=limit, phi=self._phi, **settings)
 
 
 def _chosen(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, nn.Module]:

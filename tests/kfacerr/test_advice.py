@@ -13,6 +13,7 @@ from kfacerr.metrics import METRICS
 from kfacerr.process import Settings
 from kfacerr.recorder import RecordingWriter
 from kfacerr.recording import Recording
+from kfacerr.report import report_recording
 from kfacerr.stream import Step, Window
 from kfacerr.study import ErrorStudy, table
 from tests.strategies import stream
@@ -127,3 +128,10 @@ def test_a_recording_without_windows_is_refused(tmp_path):
         writer.add_layer("fc", **SHAPE)
     with Recording(tmp_path / "r.h5") as recording, pytest.raises(InputError, match="layer 'fc': no windows"):
         advise_recording(recording.layer("fc"), rank=4)
+
+
+@pytest.mark.parametrize("call", [report_recording, advise_recording])
+@pytest.mark.parametrize("bad", [{"rank": 0}, {"phi": 0.0}])
+def test_zero_is_refused_and_not_taken_for_a_default(call, bad, recorded):
+    with Recording(recorded) as recording, pytest.raises(InputError, match=r"rank must be|phi must be"):
+        call(recording if call is report_recording else recording.layer("fc"), **{"rank": 4, **bad})

@@ -15,7 +15,10 @@ from kfacerr.process import Estimate, Process, Settings
 from tests import reference
 from tests.strategies import rhos, stream, streams
 
-NAMES = ("K-FAC T_inv=3", "R-KFAC T_inv=2", "B-KFAC", "B-R-KFAC T_rsvd=3", "B-KFAC-C T_corct=2", "FD")
+NAMES = (
+    *("K-FAC T_inv=3", "R-KFAC T_inv=2", "B-KFAC", "B-R-KFAC T_rsvd=3", "B-KFAC-C T_corct=2", "FD"),
+    *("N-KFAC", "N-KFAC rank=3", "N-KFAC T_base=4", "W-KFAC T_inv=2", "W-KFAC T_inv=1 rank=3"),
+)
 SETTINGS = Settings(rank=3, rho=0.9, oversampling=1, n_pwr_it=0)
 
 
@@ -175,9 +178,10 @@ def test_a_gram_matrix_stands_for_its_columns(fast_xp):
     assert np.allclose(dense(one, "R-KFAC T_inv=2", fast_xp), dense(other, "R-KFAC T_inv=2", fast_xp), atol=1e-12)
 
 
-@pytest.mark.parametrize("stop", [1, 4])
+@pytest.mark.parametrize("stop", [1, 4, 5])
 def test_a_resumed_factor_goes_on_bitwise(fast_xp, stop):
-    columns = [fast_xp.array(np.ldexp(X, 60)) for X in stream(np.random.default_rng(2), d=12, n=2, steps=9)]
+    steps = stream(np.random.default_rng(2), d=20, n=2, steps=10, decay="slow decay")
+    columns = [fast_xp.array(np.ldexp(X, 60)) for X in steps]
     whole, resumed = make(), make()
     for k, X in enumerate(columns):
         if k == stop:

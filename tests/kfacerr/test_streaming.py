@@ -1,7 +1,5 @@
 """N-KFAC follows M exactly through its sketch, stays below it, and knows what it lacks; so does W-KFAC."""
 
-import pickle
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -101,24 +99,6 @@ def test_a_rebasing_loses_nothing_at_once_and_helps_later(fast_xp):
         runs = follow(StreamingNystrom(rank=6, rho=0.9, T_base=T, seed=1), columns, 0.9, fast_xp)
         errors[T] = [np.linalg.norm(M - dense(p, fast_xp), "nuc") / np.trace(M) for M, p in runs]
     assert np.mean(errors[10][40:]) < 0.9 * np.mean(errors[0][40:])
-
-
-@pytest.mark.parametrize(
-    "name", ["N-KFAC", "N-KFAC rank=3", "N-KFAC T_base=4", "W-KFAC T_inv=2", "W-KFAC T_inv=1 rank=3"]
-)
-@pytest.mark.parametrize("stop", [1, 5])
-def test_a_resumed_process_goes_on_bitwise(fast_xp, name, stop):
-    columns = [fast_xp.array(X) for X in stream(np.random.default_rng(2), d=20, n=2, steps=10, decay="slow decay")]
-    settings = Settings(rank=4, rho=0.9, oversampling=2)
-    whole, resumed = (KFactor("A", {"it": Algorithm.parse(name).process(settings, "A")}, 0.9) for _ in range(2))
-    for k, X in enumerate(columns):
-        if k == stop:
-            resumed.load_state_dict(pickle.loads(pickle.dumps(whole.state_dict())))
-        whole.push(k, X)
-        if k >= stop:
-            resumed.push(k, X)
-    one, other = (fast_xp.numpy(f.processes["it"].estimate.lowrank.dense()) for f in (whole, resumed))
-    assert np.array_equal(one, other)
 
 
 def test_a_rank_that_grows_keeps_what_is_known(fast_xp):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
+from kfacerr.algorithms import Algorithm
 from kfacerr.exceptions import InputError
 from kfacerr.metrics import METRICS
 from kfacerr.process import Settings
@@ -176,6 +177,30 @@ def test_it_records_what_it_saw_and_advises_from_it(tmp_path):
     assert_close(values(w.report()), {(r.algorithm, r.k, r.metric): r.value for r in rows}, rel=1e-5)
     advice = w.advise(budget="1e9x")
     assert advice.policy.keys() == {"2"} and "choice: " in advice.summary()
+
+
+def test_advice_is_for_what_was_watched(tmp_path):
+    """The watch's own settings, and not the defaults, are those of the replay."""
+    model, path = make(), tmp_path / "run.h5"
+    with watch(model, "2", **QUICK, continuation="trace", record=path) as w:
+        train(model)
+    mean = w.report().table.groupby(["algorithm", "metric"]).value.mean()
+    found = advise(w, path, NAMES).set_index("algorithm")
+    for name in NAMES:
+        assert found.step_norm[name] == pytest.approx(mean[name, "step_norm"], rel=1e-5)
+
+
+def advise(w, path, names):
+    """`w.advise` of these candidates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kfacerr.advice.candidates", lambda *_: [Algorithm.parse(name) for name in names])
+        return w.advise().table
+
+
+@pytest.mark.parametrize("bad", [{"rank": 0}, {"phi": 0.0}])
+def test_zero_is_refused_and_not_taken_for_a_default(bad):
+    with pytest.raises(InputError, match=r"rank must be|phi must be"):
+        watch(make(), "2", **{**QUICK, **bad})
 
 
 def test_advice_needs_a_recording():
