@@ -4,6 +4,7 @@ An algorithm drives through the `KFAC` optimizer with the settings of §6 (`stud
 the first fully connected layer, R-KFAC elsewhere. Settings in its name, as in "R-KFAC T_inv=10", stand.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ class Updates(NamedTuple):
     @property
     def cycle(self) -> int:
         """Iterations after which its updates repeat; times are taken over whole cycles."""
-        return max((1, self.factors, *self.decompositions))
+        return math.lcm(*filter(None, (self.factors, *self.decompositions)))
 
 
 @dataclass(frozen=True)

@@ -101,12 +101,20 @@ def test_seng_is_the_supplements() -> None:
 )
 def test_a_driver_says_when_it_does_what(driver: str, T_updt: int, updates: Updates) -> None:
     assert find_driver(driver).updates(paper_config(driver, T_updt), PAPER_STEPS) == updates
-    assert updates.cycle == max(1, updates.factors, *updates.decompositions, 1)
+
+
+@pytest.mark.parametrize(
+    ("updates", "cycle"),
+    [(Updates(), 1), (Updates(0, (200,)), 200), (Updates(25, (250, 125)), 250), (Updates(10, (15,)), 30)],
+)
+def test_a_cycle_is_as_long_as_it_takes_updates_to_repeat(updates: Updates, cycle: int) -> None:
+    """Also where one period is no multiple of the other."""
+    assert updates.cycle == cycle
 
 
 def test_a_driver_of_ones_own_has_defaults() -> None:
     own = Driver(lambda model, *_: torch.optim.Adam(model.parameters()), lambda *_: 0.1)
-    assert own.updates(TrainingConfig(8, 1), 195) == Updates() and Updates().cycle == 1
+    assert own.updates(TrainingConfig(8, 1), 195) == Updates()
 
 
 # On the paper's network, small.
