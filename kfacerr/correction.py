@@ -34,8 +34,8 @@ def correct(X: LowRank, M: Array, idx: np.ndarray) -> LowRank:
     US = picked if X.mix is None else X.basis @ picked
     MS = US.T @ (M @ US)
     w, V = eigh_descending((MS + MS.T) / 2, "correction")
-    # Absent modes with zero columns stay absent: an EVD rounds their eigenvalues, of which so many are zero.
-    absent = xp.sum(xp.astype(xp.linalg.diagonal(MS) <= 0, w.dtype))
+    # A column's length is 1, or 0 to rounding where its mode is absent: as many eigenvalues are mere rounding.
+    absent = xp.sum(xp.astype(xp.sum(US**2, axis=0) < 0.5, w.dtype))
     descending = xp.arange(w.shape[0], dtype=w.dtype, device=compat.device(w))
     w = xp.where((w > 0) & (descending < w.shape[0] - absent), w, xp.zeros_like(w))
     D = xp.concat([xp.take(X.D, rest), w])

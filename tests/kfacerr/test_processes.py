@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kfacerr.ea import EAFactor
 from kfacerr.exceptions import InputError
+from kfacerr.inverse import continuation_level
 from kfacerr.process import Clock
 from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
 from tests import reference
@@ -285,3 +286,20 @@ def test_a_clock_that_is_rescheduled_keeps_the_time_of_its_last_event():
     assert [k for k in range(0, 30) if clock.due(k)] == [0, 10, 20]
     clock.reschedule(25)
     assert [k for k in range(30, 110) if clock.due(k)] == [30, 50, 75, 100]
+
+
+@pytest.mark.parametrize("seed", [14, 69, 106])
+@pytest.mark.parametrize("kinds", [("in span", "repeated", "in span"), ("zero", "in span"), ("repeated", "plain")])
+def test_backends_agree_on_what_is_no_mode_of_bkfac_c(xp, seed, kinds):
+    """One mode more or less moves the level of the trace continuation by 1e-4 of the largest eigenvalue."""
+    columns = stream(np.random.default_rng(seed), d=24, n=6, steps=12, kinds=kinds, decay="clustered")
+    one, other = (BrandCorrected(rank=16, rho=0.5, T_corct=5, rng=np.random.default_rng(1)) for _ in range(2))
+    M, N = EAFactor(0.5), EAFactor(0.5)
+    for k, X in enumerate(columns):
+        for process, factor, Y in ((one, M, X), (other, N, xp.array(X))):
+            factor.update(Y)
+            process.update(k, Y, factor)
+        tau, expected = (
+            float(continuation_level(p.estimate.lowrank, "trace", p.estimate.trace)) for p in (other, one)
+        )
+        assert abs(tau - expected) <= 1e-12 * float(one.estimate.lowrank.lambda_max), k
