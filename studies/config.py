@@ -414,15 +414,16 @@ _PRESETS = (
     Preset(**_DIGITS, window_epochs=(8, 15), schedule_epochs=24),
     # Epochs of 312 iterations: windows at 2500 and 4680, the paper's at 2925 and 5850.
     Preset(**_SMALL, batch_size=32, window_epochs=(8, 15), schedule_epochs=25),
-    Preset(  # the paper's FC layer 0 and all that surrounds it, behind convolutions that a CPU can train
-        **{**_PAPER, "name": "paper-layer"},
+    # The paper's FC layer 0 and all that surrounds it, behind convolutions that a CPU can train, on as many images.
+    Preset(
+        **{**_PAPER, "name": "paper-layer", "n_train": 20_000},
         conv_width=1 / 8,
         window_epochs=(15, 30),
         seeds=(0,),
         dtype="float32",
         linear_application=True,
         equal_rank=("R-KFAC T_inv=50", "R-KFAC T_inv=300"),  # what C1-C3 and C6 compare
-        beyond=(),
+        beyond=("N-KFAC", "W-KFAC T_inv=50"),
         continuations=("min", "trace"),
     ),
     Preset(**_PAPER, window_epochs=(15, 30), seeds=tuple(range(5)), dtype="float32", amp=True),

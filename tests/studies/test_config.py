@@ -182,7 +182,8 @@ def test_the_papers_layer_has_the_papers_sizes() -> None:
     assert [preset.schedules.rank(epoch) for epoch in (0, 14, 15, 30)] == [220, 220, 230, 230]
     assert preset.windows(195) == paper.windows(195) == [(2930, 300, 15), (5850, 300, 30)]
     measured = [str(a) for a in preset.algorithms if a.get("continuation") is None]
-    assert measured == [*SEVEN, "R-KFAC T_inv=50 rank=486", "R-KFAC T_inv=300 rank=486"]
+    others = "R-KFAC T_inv=50 rank=486", "R-KFAC T_inv=300 rank=486", "N-KFAC", "W-KFAC T_inv=50"
+    assert measured == [*SEVEN, *others]
     assert {a.get("continuation") for a in preset.algorithms} == {None, "trace"}
 
 
