@@ -473,7 +473,8 @@ sys.exit(inverse_errors.main([*{options!r}, {str(tmp_path / "killed")!r}, *sys.a
     for name in ("errors.csv", "variants.csv", "spectra.csv", "training.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     rank = f" rank={RANK + SHRUNK.batch_size}"
-    bases = [Algorithm.parse(name) for name in (*SEVEN, *(name + rank for name in SHRUNK.equal_rank))]
+    names = *SEVEN, *(name + rank for name in SHRUNK.equal_rank), *SHRUNK.beyond
+    bases = list(map(Algorithm.parse, names))
     measured = pd.read_csv(tmp_path / "whole" / "variants.csv")
     assert set(measured.algorithm) == {str(a) for a in continued(bases, ("min", "trace"))} - set(SEVEN)
 
