@@ -21,6 +21,7 @@ from .algorithms import Algorithm
 from .exceptions import InputError
 from .factor import KFactor
 from .files import write_atomically
+from .inverse import application_flops
 from .metrics import METRICS
 from .process import Cost, Settings
 from .replay import replay
@@ -143,7 +144,7 @@ def layer_costs(layer: Layer, algorithms: Sequence[Algorithm], settings: Setting
             milliseconds += spent
             numbers += cost.numbers
             ranks[side] = cost.rank
-        applied = _application_flops(layer, ranks)
+        applied = min(application_flops(layer.d_A, layer.d_G, layer.n, ranks["A"], ranks["G"]))
         rows.append(
             {
                 "algorithm": str(algorithm),
@@ -205,22 +206,6 @@ def _product_rate() -> float:
         X @ X
         times.append(time.perf_counter() - started)
     return 2.0 * 1024**3 / float(np.median(times[1:]))
-
-
-def _application_flops(layer: Layer, ranks: dict[str, int]) -> float:
-    """Of a plain step: the cheaper of Algorithm 1 l.15-18 and Algorithm 8.
-
-    A side with all its d modes is one dense product; else two with d x m matrices (`DampedInverse.apply`).
-    """
-    d = {"A": layer.d_A, "G": layer.d_G}
-
-    def side(name: str, columns: int) -> float:
-        m = ranks[name]
-        return 2.0 * d[name] * columns * (d[name] if m >= d[name] else 2 * m)
-
-    dense = side("A", layer.d_G) + side("G", layer.d_A)
-    linear = side("A", layer.n) + side("G", layer.n)  # S = P Q^T takes what the gradient G A^T took
-    return min(dense, linear)
 
 
 # ---------------------------------------------------------------------------------------------------- advice

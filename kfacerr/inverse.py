@@ -26,6 +26,7 @@ __all__ = [
     "DenseInverse",
     "Exact",
     "Inverse",
+    "application_flops",
     "continuation_level",
     "damped_inverse",
     "exact_inverse",
@@ -84,7 +85,16 @@ class DampedInverse:
         """Algorithm 8 l.5 and l.7: O(d m n). With m = d one dense product, half of that once it is formed."""
         if self.lowrank.m >= self.lowrank.d:
             return self._dense @ X
-        return self.lowrank.expand(self.weights[:, None] * self.lowrank.project(X)) + self.shift * X
+        Z = self.lowrank.basis.T @ X
+        Z = self.weights[:, None] * Z if self.lowrank.mix is None else self._core @ Z
+        return self.lowrank.basis @ Z + self.shift * X
+
+    @cached_property
+    def _core(self) -> Array:
+        """mix diag(weights) mix^T: formed once for all columns that the inverse is applied to."""
+        mix = self.lowrank.mix
+        assert mix is not None
+        return (mix * self.weights[None, :]) @ mix.T
 
     @cached_property
     def _dense(self) -> Array:
@@ -361,3 +371,16 @@ def precondition(J: Array, inverse_G: Inverse, inverse_A: Inverse) -> Array:
 def precondition_linear(G: Array, A: Array, inverse_G: Inverse, inverse_A: Inverse) -> tuple[Array, Array]:
     """Algorithm 8: the factors P (d_G, n), Q (d_A, n) of S = P Q^T = Gamma^-1 G A^T A^-1; linear in d."""
     return inverse_G.apply(G), inverse_A.apply(A)
+
+
+def application_flops(d_A: int, d_G: int, n: int, m_A: int, m_G: int) -> tuple[float, float]:
+    """Flops of Algorithm 1 l.15-18, and of Algorithm 8 with n columns, with inverses of m_A and m_G modes.
+
+    A side with all its d modes is one dense product; else two with d x m matrices (`DampedInverse.apply`). That
+    Algorithm 8 forms S = P Q^T costs what forming the gradient G A^T does, which it saves.
+    """
+
+    def side(d: int, m: int, columns: int) -> float:
+        return 2.0 * d * columns * (d if m >= d else 2 * m)
+
+    return side(d_A, m_A, d_G) + side(d_G, m_G, d_A), side(d_A, m_A, n) + side(d_G, m_G, n)

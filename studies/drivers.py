@@ -92,7 +92,6 @@ def _kfac(model: nn.Module, config: TrainingConfig, steps_per_epoch: int) -> tor
         "weight_decay": config.weight_decay,
         "momentum": config.momentum,
         "continuation": config.continuation,
-        "linear_application": [numbers.LAYER] if config.linear_application else False,
         "skip_nonfinite": False,  # a look at every step, for which the host would wait; `Training` looks
         "seed": config.seed,
         **config.periods(steps_per_epoch),

@@ -36,7 +36,6 @@ class KFACStep:
         active: the layers that have a gradient.
         totals: what all processes have of each layer, by name; empty where no columns are needed.
         columns: this process's share of what the factors take, by layer; empty in steps that update none.
-        linear: whether Algorithm 8 is to apply from now on, by layer whose first columns these are.
         by_columns: all processes' columns of the gradients that Algorithm 8 is to precondition, by layer.
 
     Raises:
@@ -57,7 +56,6 @@ class KFACStep:
             if team.size > 1 and not optimizer._agreed:
                 optimizer._agreed = agree(self.active, team, self.k)
         self.columns = self._factor_columns() if self.updating else {}
-        self.linear: dict[KFACLayer, bool] = {}
         self.by_columns = self._gradient_columns()
 
     def _factor_columns(self) -> dict[str, Columns]:
@@ -85,18 +83,9 @@ class KFACStep:
         for layer in self.active:
             if layer.linear is False or not (totals := self.totals[layer.name]).n:
                 continue
-            if layer.linear is None:
-                self.linear[layer] = layer.name in self.optimizer._named or totals.n < min(layer.dimensions)
-            if self.linear.get(layer, layer.linear):
+            if totals.n < min(layer.dimensions):
                 A, G = (self.team.gather(X, totals.widths) for X in layer.gradient_columns(totals))
                 by_columns[layer.name] = Columns(A, G)
-                if layer.is_factored and not layer.is_held:
-                    self.optimizer._say(
-                        f"formed {layer.name}",
-                        f"layer {layer.name!r}, step {self.k}: the FactoredLinear's gradient was formed before "
-                        "the step (its factors are no smaller, or something read .grad)",
-                        logging.INFO,
-                    )
         return by_columns
 
     # ---------------------------------------------------------------------------------- may it be taken?
@@ -127,6 +116,7 @@ class KFACStep:
                     f"differs {name}",
                     f"layer {name!r}, step {self.k}: .grad is not G A^T of the columns (it was clipped or changed "
                     "otherwise, or has parts from elsewhere); such steps are taken by Algorithm 1, not 8",
+                    logging.INFO,
                 )
         return True
 
@@ -139,8 +129,6 @@ class KFACStep:
 
     def update(self) -> None:
         """Lines 5, 9 and 12-13 of Algorithm 1, or what Algorithms 4, 5 and 7 put in their place."""
-        for layer, linear in self.linear.items():
-            layer.linear = linear
         jobs = []
         for name in list(self.columns):
             layer, pair = self.optimizer.layers[name], self.columns.pop(name)
@@ -156,6 +144,11 @@ class KFACStep:
                     jobs.append(Job(layer.factors[side], X, totals.widths, partial(layer.push, side)))
         if jobs:
             update_together(self.team, self.k, jobs)
+        for layer in self.active:
+            if layer.linear is None and (n := self.totals[layer.name].n):
+                layer.linear = layer.is_cheaper_by_columns(n)
+                if not layer.linear:
+                    self.by_columns.pop(layer.name, None)
 
     def directions(self) -> Iterator[tuple[nn.Parameter, Direction]]:
         """Algorithm 1 l.15-18, with the clip, by parameter."""

@@ -53,8 +53,11 @@ class KFAC(LayerOptimizer):
     all their batches; see `kfacerr.torch.distributed`. Every process makes an optimizer with the same arguments,
     and calls the same steps.
 
-    A `FactoredLinear` (`kfacerr.torch.factored`) gets Algorithm 8 without being asked to, and its gradient is not
-    formed unless something reads .grad. The step uses it up: after it .grad is None.
+    Where a layer has fewer columns than min(d_A, d_G), and it takes fewer operations, its step is made from them
+    and not from .grad (Algorithm 8). Its `nn.Linear` becomes a `FactoredLinear` for it, in place, the same layer
+    but for the backward: .grad is there as the factors of G A^T, and is formed when something reads it.
+    A step where .grad is something else, because it was clipped or changed otherwise, or has parts from elsewhere
+    (a penalty in the loss), is taken by Algorithm 1, and the log says so once.
 
     Scaling: batch means as in §2, convolutions as in Grosse & Martens (2016). The loss must be a mean over the
     batch. Damping (§6): lam = phi_lambda * lambda_max of the factor's own representation.
@@ -75,10 +78,7 @@ class KFAC(LayerOptimizer):
         clip_by: "layer", or "kl" for one factor min(1, sqrt(clip / sum_l lr^2 <S_l, g_l>)) on all layers.
         weight_decay: decoupled from the preconditioning: added to the update, after the clip.
         momentum: as in SGD, of the clipped and decayed step.
-        linear_application: Algorithm 8, True for every layer with n < min(d_A, d_G), or the names of some. The
-            step is then made from this step's columns and not from .grad. A step where the two differ, because
-            the gradient was clipped or changed otherwise, or has parts from elsewhere (a penalty in the loss), is
-            taken by Algorithm 1, and the log says so once. .grad is formed all the same, but for a FactoredLinear.
+        linear_application: False for Algorithm 1 in all steps.
         fisher: "empirical" or "sampled"; see `sample_fisher`.
         loss_scale: see `LayerOptimizer`; for a GradScaler pass `scaler.get_scale`. If it is left at 1, the first
             update refuses a .grad that is smaller than the columns' by one power of two in all layers, from 2^8
@@ -125,7 +125,7 @@ class KFAC(LayerOptimizer):
         clip_by: str = "layer",
         weight_decay: Scheduled = 7e-4,
         momentum: Scheduled = 0.0,
-        linear_application: bool | Sequence[str] = False,
+        linear_application: bool = True,
         fisher: str = "empirical",
         loss_scale: float | Callable[[], float] = 1.0,
         skip_nonfinite: bool = True,
@@ -136,8 +136,6 @@ class KFAC(LayerOptimizer):
         _check_choice("continuation", hyper.get("continuation", "min"), CONTINUATIONS)
         _check_choice("clip_by", clip_by, ("layer", "kl"))
         _check_choice("fisher", fisher, ("empirical", "sampled"))
-        if linear_application and fisher == "sampled":
-            raise InputError("linear_application needs fisher='empirical': of sampled labels G A^T is no gradient")
         if steps_per_epoch is not None and steps_per_epoch < 1:
             raise InputError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
         self.algorithm = algorithm
@@ -149,7 +147,7 @@ class KFAC(LayerOptimizer):
         self.fisher = fisher
         self._group_schedules: list[dict[str, Callable[[int], float]]] = []
         self._unfit: dict[str, Tensor] = {}  # the last step whose S was not finite, by layer, on its device
-        _check_names(model, self.policy, self._named)
+        _check_names(model, self.policy)
         super().__init__(
             model,
             params,
@@ -159,9 +157,6 @@ class KFAC(LayerOptimizer):
             data_parallel=data_parallel,
             left_out={name for name, choice in self.policy.items() if choice == SGD},
         )
-        for name in self._named:
-            if name not in self.layers:
-                raise InputError(f"layer {name!r} is not preconditioned: Algorithm 8 cannot apply to it")
 
     # ---------------------------------------------------------------------------------------- the epoch
 
@@ -215,20 +210,13 @@ class KFAC(LayerOptimizer):
             self._first_fc = next((name for name, m in trained if not self._why_plain("", m, shared)), None)
         super()._follow()
 
-    @property
-    def _named(self) -> tuple[str, ...]:
-        """The layers that Algorithm 8 is asked for by name."""
-        names = self.linear_application
-        if isinstance(names, bool):
-            return ()
-        return (names,) if isinstance(names, str) else tuple(names)
-
     def _made_layer(self, name: str, module: nn.Module, shared: set[nn.Parameter]) -> KFACLayer:
         preset = PRESETS[self.algorithm]
         policy = self.policy.get(name, preset.first_fc if name == self._first_fc else preset.others)
-        empirical, factored = self.fisher == "empirical", isinstance(module, FactoredLinear)
-        asked = self.linear_application is True or name in self._named or (factored and empirical)
-        if factored and not empirical:
+        asked = self.linear_application and self.fisher == "empirical"  # of sampled labels G A^T is no gradient
+        if asked and type(module) is nn.Linear:
+            module.__class__ = FactoredLinear
+        elif isinstance(module, FactoredLinear) and self.fisher == "sampled":
             self._say(
                 f"sampled {name}",
                 f"layer {name!r}: fisher='sampled', where G A^T is not the gradient: Algorithm 1, and the "
@@ -338,12 +326,12 @@ class KFAC(LayerOptimizer):
         return take
 
 
-def _check_names(model: nn.Module, policy: Any, named: Sequence[str]) -> None:
-    """Refuses a policy, or a layer for Algorithm 8, that the model has not."""
+def _check_names(model: nn.Module, policy: Any) -> None:
+    """Refuses a policy for layers that the model has not."""
     if not isinstance(policy, Mapping):
         raise InputError(f"policy must map layer names to choices, got {policy!r}")
     modules = dict(unwrapped(model).named_modules())
-    for name in [*policy, *named]:
+    for name in policy:
         if name not in modules:
             raise InputError(f"the model has no layer {name!r}")
     for name, choice in policy.items():

@@ -1,12 +1,10 @@
 """The drop-in for `nn.Linear` of Algorithm 8: a backward that keeps the factors G, A and does not form `G A^T`.
 
-    model = factored(model)  # its Linear layers, in place: parameters, state_dict keys and names stay
-    optimizer = KFAC(model, "B-KFAC")  # the training loop as ever
-
-`.grad` of such a layer's parameters is there as the factors of each backward, and is formed when something reads
-it. `KFAC` does not read it: it preconditions the factors and forms the step alone (Algorithm 8). Whatever does
-read it gets the gradient that `nn.Linear` would have left, at the same cost: SGD, `clip_grad_norm_`, a
-`GradScaler`, a print. So nothing trains wrongly; at worst nothing is saved.
+`KFAC` makes a model's linear layers so, and `factored` does it for an optimizer of your own; parameters and the
+keys of `state_dict` stay. `.grad` of such a layer's parameters is there as the factors of each backward, and is
+formed when something reads it. `KFAC` does not read it: it preconditions the factors and forms the step alone
+(Algorithm 8). Whatever does read it gets the gradient that `nn.Linear` would have left, at the same cost: SGD,
+`clip_grad_norm_`, a `GradScaler`, a print. So nothing trains wrongly; at worst nothing is saved.
 
 The gradient is formed in the backward, as by `nn.Linear`, where deferring it would save nothing or could not be
 exact: the factors of all backwards since the last step take more memory than the gradient; hooks on the parameters
@@ -66,6 +64,7 @@ class FactoredParameter(nn.Parameter):
     """A parameter whose `.grad` may be there as factors until it is read."""
 
     _shares: tuple[Share, ...] = ()
+    _spent = False  # whether a step has used shares that are still there
 
     @property
     def grad(self) -> Tensor | None:
@@ -74,7 +73,7 @@ class FactoredParameter(nn.Parameter):
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        self._shares = ()
+        self._shares, self._spent = (), False
         _grad.__set__(self, value)
 
     @grad.deleter
@@ -84,7 +83,7 @@ class FactoredParameter(nn.Parameter):
     @torch.no_grad()
     def form(self, loss_scale: float = 1.0) -> None:
         """Adds what is held as factors, divided by `loss_scale`, to the gradient that is there."""
-        shares, self._shares = self._shares, ()
+        shares, self._shares, self._spent = self._shares, (), False
         for share in shares:
             with torch.autocast(self.device.type, enabled=False):
                 J = share.formed().to(self.dtype)
@@ -122,7 +121,7 @@ def finite_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
         parts = [] if (g := formed(p)) is None else [g.coalesce().values() if g.is_sparse else g]
         for share in held(p):
             parts += [share.grad] if share.x is None else [share.grad, share.x]
-        finite += [torch.linalg.vector_norm(X, float("inf")).isfinite() for X in parts if X.numel()]
+        finite += [torch.stack(torch.aminmax(X)).isfinite().all() for X in parts if X.numel()]
     return finite
 
 
@@ -130,7 +129,19 @@ def forget(parameters: Iterable[Tensor]) -> None:
     """Drops what is held as factors."""
     for p in parameters:
         if isinstance(p, FactoredParameter):
-            p._shares = ()
+            p._shares, p._spent = (), False
+
+
+def spend(parameters: Iterable[Tensor]) -> None:
+    """Marks what is held as factors as used by a step: it can be read until it is cleared."""
+    for p in parameters:
+        if isinstance(p, FactoredParameter):
+            p._spent = bool(p._shares)
+
+
+def is_spent(p: Tensor) -> bool:
+    """Whether a part of a parameter's gradient was used by a step before, and not cleared."""
+    return isinstance(p, FactoredParameter) and p._spent
 
 
 class _Linear(torch.autograd.Function):
