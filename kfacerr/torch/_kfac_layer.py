@@ -119,13 +119,13 @@ class KFACLayer(Layer):
         process = process_of(self.factors[side])
         return process.settings.rank + n if process.estimate is None else process.estimate.lowrank.m
 
-    def differs_from_columns(self, columns: Columns, unit: float) -> Tensor:
-        """Whether .grad is not `G A^T`: one product of each with a fixed vector v of signs.
+    def multiple_of_columns(self, columns: Columns, unit: float) -> Tensor:
+        """The c with .grad = c G A^T, by one product of each with a fixed vector v of signs.
 
-        Where a part of .grad is held as factors and another is formed, the second came from elsewhere: no product
-        is needed, but whether it is zero. (Or the factors outgrew the gradient, and Algorithm 8 would save
-        nothing.) So it is where gradients of an earlier step were not cleared. A gradient that is held is not
-        formed for it.
+        Clipping by a norm leaves a multiple. Where a part of .grad is held as factors and another is formed, the
+        second came from elsewhere: no product is needed, but whether it is zero. (Or the factors outgrew the
+        gradient, and Algorithm 8 would save nothing.) So it is with gradients of an earlier step that were not
+        cleared. A gradient that is held is not formed for it.
 
         Else rounding is allowed for. With unit round-off u, entry (q, r) of .grad is off by some u |G_q| |A_r|, in
         the norms of the rows, with signs that v's are independent of: in all, .grad v by u ||G||_F ||A||_F, and
@@ -136,17 +136,20 @@ class KFACLayer(Layer):
             unit: u of the backward's products.
 
         Returns:
-            A 0-d boolean.
+            A 0-d float64 tensor: 1 where c is 1 but for rounding, NaN where .grad is no multiple.
         """
         A, G = columns
+        one = torch.ones((), dtype=torch.float64, device=G.device)
+        none = one * torch.nan
         if any(is_spent(p) for p in self.parameters):
-            return torch.ones((), dtype=torch.bool, device=A.device)
-        others = [there for p in self.parameters if held(p) and (there := formed(p)) is not None]
-        if others:
-            return torch.stack([there.any() for there in others]).any()
-        v = probe(A.shape[0], A)
-        norm = torch.linalg.vector_norm
-        return norm(self.times(v) - G @ (A.T @ v)) > 8 * unit * norm(G) * norm(A)
+            return none
+        if others := [there for p in self.parameters if held(p) and (there := formed(p)) is not None]:
+            return torch.where(torch.stack([there.any() for there in others]).any(), none, one)
+        v, norm = probe(A.shape[0], A), torch.linalg.vector_norm
+        have, want = self.times(v).double(), (G @ (A.T @ v)).double()
+        tolerance = 8 * unit * norm(G).double() * norm(A)
+        c = torch.where(norm(have - want) <= tolerance, one, have @ want / (want @ want))
+        return torch.where(norm(have - c * want) <= c.abs() * tolerance, c, none)
 
     # ------------------------------------------------------------------------------------------ K-factors
 

@@ -103,27 +103,31 @@ class KFACStep:
         for pair in self.columns.values():  # a norm overflows where its factor would
             finite += [(torch.linalg.vector_norm(X) ** 2).isfinite() for X in pair]
         lost, optimizer._unfit = optimizer._unfit, {}
-        differs = [self._differs(optimizer.layers[name], pair) for name, pair in self.by_columns.items()]
+        multiples = [self._multiple(optimizer.layers[name], pair) for name, pair in self.by_columns.items()]
+        differs = [c.isnan() for c in multiples]
         questions = [~optimizer._all(finite), *(last >= 0 for last in lost.values()), *differs]
         skip, *answers = self.team.any(torch.stack([question.to(optimizer._home) for question in questions]))
         _report([item for item, was in zip(lost.items(), answers[: len(lost)], strict=True) if was])
         if skip:
             return False
-        for name, differ in zip(list(self.by_columns), answers[len(lost) :], strict=True):
+        for (name, pair), c, differ in zip(
+            list(self.by_columns.items()), multiples, answers[len(lost) :], strict=True
+        ):
+            self.by_columns[name] = pair._replace(G=c.to(pair.G) * pair.G)
             if differ:
                 del self.by_columns[name]
                 optimizer._say(
                     f"differs {name}",
-                    f"layer {name!r}, step {self.k}: .grad is not G A^T of the columns (it was clipped or changed "
-                    "otherwise, or has parts from elsewhere); such steps are taken by Algorithm 1, not 8",
+                    f"layer {name!r}, step {self.k}: .grad is no multiple of G A^T of the columns (it was "
+                    "changed, or has parts from elsewhere); such steps are taken by Algorithm 1, not 8",
                     logging.INFO,
                 )
         return True
 
-    def _differs(self, layer: KFACLayer, columns: Columns) -> Tensor:
+    def _multiple(self, layer: KFACLayer, columns: Columns) -> Tensor:
         dtype = layer.parts[0].dtype if layer.parts else torch.float32
         unit = rounding(layer.module, dtype, layer.weight.device.type, self.optimizer._rounding)
-        return layer.differs_from_columns(columns, unit)
+        return layer.multiple_of_columns(columns, unit)
 
     # --------------------------------------------------------------------------------------- taking it
 

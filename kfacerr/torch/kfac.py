@@ -56,8 +56,8 @@ class KFAC(LayerOptimizer):
     Where a layer has fewer columns than min(d_A, d_G), and it takes fewer operations, its step is made from them
     and not from .grad (Algorithm 8). Its `nn.Linear` becomes a `FactoredLinear` for it, in place, the same layer
     but for the backward: .grad is there as the factors of G A^T, and is formed when something reads it.
-    A step where .grad is something else, because it was clipped or changed otherwise, or has parts from elsewhere
-    (a penalty in the loss), is taken by Algorithm 1, and the log says so once.
+    A step where .grad is no multiple of that, because it was changed otherwise than by clipping its norm, or has
+    parts from elsewhere (a penalty in the loss), is taken by Algorithm 1, and the log says so once.
 
     Scaling: batch means as in §2, convolutions as in Grosse & Martens (2016). The loss must be a mean over the
     batch. Damping (§6): lam = phi_lambda * lambda_max of the factor's own representation.

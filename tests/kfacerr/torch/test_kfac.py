@@ -449,8 +449,8 @@ def test_algorithm_8_is_used_for_the_layers_with_fewer_columns_than_dimensions()
     assert optimizer._follower.active == {"0"}
 
 
-@pytest.mark.parametrize("change", ["clip", "penalty", "small penalty"])
-def test_algorithm_8_gives_way_where_the_gradient_is_not_that_of_the_columns(change, caplog):
+@pytest.mark.parametrize("change", ["clip", "clip by value", "penalty", "small penalty"])
+def test_algorithm_8_gives_way_where_the_gradient_is_no_multiple_of_the_columns(change, caplog):
     caplog.set_level(logging.INFO)
     results = []
     for linear in (False, True):
@@ -466,11 +466,13 @@ def test_algorithm_8_gives_way_where_the_gradient_is_not_that_of_the_columns(cha
                 loss = loss + 1e-7 * net[0].weight.square().sum()
             loss.backward()
             if change == "clip":
-                nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+                assert nn.utils.clip_grad_norm_(net.parameters(), 0.1) > 0.1
+            elif change == "clip by value":
+                nn.utils.clip_grad_value_(net.parameters(), 0.01)
             optimizer.step()
         results.append(parameters(net))
     assert relative(results[1], results[0]) <= 1e-12
-    assert caplog.text.count("layer '0', step 0: .grad is not G A^T") == 1
+    assert caplog.text.count("layer '0', step 0: .grad is no multiple of G A^T") == (change != "clip")
 
 
 # ---- a process of your own, hyper-parameters ----------------------------------------------------------------
