@@ -89,7 +89,7 @@ STATEMENTS = (
     ),
     Statement(
         "Proposition 3.2",
-        "the error of Brand's estimate is the decayed sum of its truncations' errors, all p.s.d.",
+        "Brand's error is the decayed sum of its truncations' errors, all p.s.d.",
         ("(12)", "(12) p.s.d.", "(13)", "(13) p.s.d."),
     ),
     Statement(

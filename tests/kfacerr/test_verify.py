@@ -200,7 +200,7 @@ def test_all_layers_are_verified_by_default(recording, capsys):
     assert "every claim holds" in out and "FAILS" not in out and "|" not in out, "no table unless asked for"
     assert out.count("holds  ") == len(SHAPES) * len(STATEMENTS)
     assert "all claims, densely and exactly, on iterations 0-10 (2 updates)" in out
-    assert max(map(len, out.splitlines())) <= 120
+    assert max(map(len, out.splitlines())) <= 115
 
 
 def test_details_are_a_row_a_claim(recording, capsys):
