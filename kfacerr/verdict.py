@@ -75,7 +75,7 @@ class Statement:
 
 STATEMENTS = (
     Statement(
-        "Proposition 3.1",
+        "Prop. 3.1",
         "no estimate of its rank is nearer to M than the optimal truncation",
         ("(11) part 1", "(11) part 2"),
         bound=True,
@@ -88,23 +88,23 @@ STATEMENTS = (
         bound=True,
     ),
     Statement(
-        "Proposition 3.2",
+        "Prop. 3.2",
         "Brand's error is the decayed sum of its truncations' errors, all p.s.d.",
         ("(12)", "(12) p.s.d.", "(13)", "(13) p.s.d."),
     ),
     Statement(
-        "Proposition 4.1",
+        "Prop. 4.1",
         "the error is the exponential average of the updates' own errors",
         ("(14) with (15)", "(14) with (16)"),
     ),
     Statement(
-        "Proposition 4.2",
+        "Prop. 4.2",
         "without updates, the error in a new batch is within its bound (17)",
         ("(17)",),
         bound=True,
     ),
     Statement(
-        "Proposition 4.2", "with B-updates, it is no larger than the batch's own X X^T (18)", ("(18)",), bound=True
+        "Prop. 4.2", "with B-updates, it is no larger than the batch's own X X^T (18)", ("(18)",), bound=True
     ),
     Statement("(19)", "the whole error is at most the average of the updates' own", ("(19)",), bound=True),
     Statement("§4.1", "the first B-update is no worse than no update", ("§4.1 B-update or nothing",), bound=True),

@@ -33,7 +33,7 @@ def test_a_proposition_is_a_line_in_words_with_its_tightest_bound():
     lines = _said(Finding("(11) part 1", 3, 0, 0.25, "a"), Finding("(11) part 2", 4, 0, 0.5, "b"))
     assert lines[:2] == ["layer fc", "A: everything"]
     (line,) = lines[3:]
-    assert line.startswith("holds  Proposition 3.1: no estimate") and line.endswith("(7 checks, 25% to spare)")
+    assert line.startswith("holds  Prop. 3.1: no estimate") and line.endswith("(7 checks, 25% to spare)")
     assert _said(Finding("(18)", 2, 0, -1e-16, "a"))[-1].endswith("(2 checks, attained)")
     assert _said(Finding("(18)", 2, 0, float("inf"), "a"))[-1].endswith("(2 checks)"), "0 <= 0 says nothing"
     assert _said(Finding("(12)", 2, 0, -1e-16, "a"))[-1].endswith("(2 checks)"), "an identity has nothing to spare"
@@ -41,7 +41,7 @@ def test_a_proposition_is_a_line_in_words_with_its_tightest_bound():
 
 def test_a_failure_names_the_claim_and_its_worst_instance():
     line = _said(Finding("(13)", 9, 0, -3.0, "a"), Finding("(12)", 5, 2, -0.1, "A, k=3"))[-1]
-    assert line.startswith("FAILS  Proposition 3.2") and line.endswith("(2 of 14 checks; worst: (12), A, k=3)")
+    assert line.startswith("FAILS  Prop. 3.2") and line.endswith("(2 of 14 checks; worst: (12), A, k=3)")
 
 
 def test_a_claim_without_words_is_not_hidden():

@@ -185,7 +185,7 @@ def test_a_false_claim_fails_at_the_command_line(recording, monkeypatch, capsys)
     (line,) = [line for line in out.splitlines() if line.startswith("| (18)")]
     assert "NO" in line and "stretch from" in line
     (line,) = [line for line in out.splitlines() if line.startswith("FAILS")]
-    assert "Proposition 4.2" in line and "worst: (18), " in line and "stretch from" in line
+    assert "Prop. 4.2" in line and "worst: (18), " in line and "stretch from" in line
     assert "1 claims fail" in out
 
 
