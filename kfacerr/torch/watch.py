@@ -4,8 +4,9 @@
         train(model)  # your loop, Lightning, transformers' Trainer, accelerate: unchanged
     print(w.report())
 
-An iteration is a step of an optimizer that holds a watched weight; torch calls back before it. What backwards left
-for a layer since the last step are its micro-batches (`kfacerr.torch._micro_batches`).
+An iteration is a step of an optimizer that holds a watched weight; torch calls back after it, as a step may run the
+backward itself, in its closure (Lightning does). What backwards left for a layer since the last step are its
+micro-batches (`kfacerr.torch._micro_batches`).
 """
 
 import fnmatch
@@ -18,7 +19,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..advice import Advice, Budget, advise_recording
 from ..algorithms import SEVEN, Algorithm
@@ -170,7 +171,7 @@ class Watch:
         way_out = "leave {name!r} out of the layers that are watched"
         self._follower = Follower(self._modules, several=True, way_out=way_out)
         self._follower.enabled = self._windows.wants(0)
-        self._handle = register_optimizer_step_pre_hook(self._on_step)
+        self._handle = register_optimizer_step_post_hook(self._on_step)
         self._began = time.perf_counter()
         return self
 
@@ -187,7 +188,7 @@ class Watch:
             logger.warning("no optimizer with a watched weight took a step inside the block: nothing was measured")
 
     def _on_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Before any optimizer's step."""
+        """After any optimizer's step."""
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(module._parameters.get("weight")) in own for module in self._modules.values()):
             return

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from kfacerr.algorithms import Algorithm
 from kfacerr.exceptions import InputError
@@ -108,6 +108,28 @@ def test_any_optimizer_will_do(optimizer):
                 closure()
                 made.step()
     assert len(values(w.report())) == 3 * 4 * 4
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_backward_within_the_step_is_of_that_step(parts):
+    """As in Lightning, which runs the last micro-batch's in the optimizer's closure."""
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with watch(model, "2", **QUICK) as w:
+        for x, y in batches():
+            optimizer.zero_grad()
+            pieces = list(zip(x.chunk(parts), y.chunk(parts), strict=True))
+
+            def backward(piece):
+                loss = nn.functional.cross_entropy(model(piece[0]), piece[1]) / parts
+                loss.backward()
+                return loss
+
+            for piece in pieces[:-1]:
+                backward(piece)
+            optimizer.step(lambda last=pieces[-1], backward=backward: backward(last))
+    assert w.k == 12
+    assert_close(values(w.report()), hooked(make()), rel=1e-3)
 
 
 def test_kfac_is_an_optimizer_too():
@@ -225,7 +247,7 @@ def test_an_exception_in_the_block_keeps_what_was_measured(tmp_path):
     assert sorted(set(w.report().table.k)) == [4, 5, 6]
     with Recording(path) as recording:
         assert len(recording.layer("2")) == 5
-    assert not _global_optimizer_pre_hooks, "nothing stays behind"
+    assert not _global_optimizer_post_hooks, "nothing stays behind"
 
 
 def test_bad_columns_end_the_watch_of_a_layer_and_not_the_training(caplog):
