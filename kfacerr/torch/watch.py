@@ -4,8 +4,8 @@
         train(model)  # your loop, Lightning, transformers' Trainer, accelerate: unchanged
     print(w.report())
 
-An iteration is a step of an optimizer that holds a watched weight; torch calls back after it, as a step may run the
-backward itself, in its closure (Lightning does). What backwards left for a layer since the last step are its
+An iteration is a step of an optimizer that holds a watched weight; torch calls back after it, as a step may run
+the backward itself, in its closure (Lightning does). What backwards left for a layer since the last step are its
 micro-batches (`kfacerr.torch._micro_batches`).
 """
 
