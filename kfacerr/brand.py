@@ -30,7 +30,7 @@ from .exceptions import InputError
 from .lowrank import LowRank, null_level, without_null
 from .stream import Array
 
-__all__ = ["Beside", "brand", "carried", "orthonormalised", "symmetric_brand"]
+__all__ = ["Augmented", "brand", "carried", "orthonormalised", "symmetric_brand"]
 
 DOUBT = 64
 """How many times eps the bound on a mode's loss of orthonormality may be before it is made orthonormal again."""
@@ -50,11 +50,11 @@ LINE = 16
 """Rows of the carried columns take a multiple of so many numbers: whole cache lines, a tenth faster."""
 
 
-class Beside(NamedTuple):
-    """Columns A beside a representation X: what `symmetric_brand` needs of both.
+class Augmented(NamedTuple):
+    """A basis and new columns in one array, with their products: what `symmetric_brand` needs of both.
 
     Attributes:
-        Y: (d, m + n) [X.U, A].
+        Y: (d, m + n) [U, A].
         products: (m + n, n) Y^T A.
     """
 
@@ -94,7 +94,9 @@ def brand(U: Array, D: Array, V: Array, A: Array, B: Array) -> tuple[Array, Arra
     return QA @ UM, DM, QB @ VMt.T
 
 
-def symmetric_brand(X: LowRank | None, A: Array, beside: Beside | None = None, *, decay: float = 1.0) -> LowRank:
+def symmetric_brand(
+    X: LowRank | None, A: Array, augmented: Augmented | None = None, *, decay: float = 1.0
+) -> LowRank:
     """Algorithm 3: the EVD of decay X + A A^T, exact.
 
     The decay is applied in float64. In float32 each would lose the same 3e-8 of what X holds, 3e-5 in 1000
@@ -103,7 +105,7 @@ def symmetric_brand(X: LowRank | None, A: Array, beside: Beside | None = None, *
     Args:
         X: (d, d) of rank r, or None for the zero matrix.
         A: (d, n) columns; n = 0 is allowed.
-        beside: of X.U and A, if the caller has it.
+        augmented: X.U and A with their products, if the caller has it.
         decay: the weight of X.
 
     Returns:
@@ -120,19 +122,19 @@ def symmetric_brand(X: LowRank | None, A: Array, beside: Beside | None = None, *
     D = decay * xp.astype(X.D, xp.float64)
     if X.m + A.shape[1] >= X.d:
         return _dense_evd(LowRank(X.U, xp.astype(D, A.dtype)).dense() + A @ A.T)
-    Y, products = beside or _beside(X.U, A)
+    Y, products = augmented or _augment(X.U, A)
     identity = xp.eye(X.m, dtype=A.dtype, device=compat.device(A))
     gram = xp.concat([xp.concat([identity, products[: X.m, :].T], axis=0), products], axis=1)
     scale = xp.concat([xp.sqrt(D), xp.astype(xp.ones_like(A[0, :]), xp.float64)])
     return _once_more(*_evd_of_gram(Y, scale, gram))
 
 
-def _beside(U: Array, A: Array) -> Beside:
+def _augment(U: Array, A: Array) -> Augmented:
     Y = namespace(U, A).concat([U, A], axis=1)
-    return Beside(Y, Y.T @ A)
+    return Augmented(Y, Y.T @ A)
 
 
-def carried(X: LowRank, r: int, A: Array) -> tuple[LowRank, Beside]:
+def carried(X: LowRank, r: int, A: Array) -> tuple[LowRank, Augmented]:
     """`orthonormalised(X.truncate(r))`, and the same beside the columns A that are to be added to it.
 
     [U, A, U P] with probes P is one array, and so are its products with A and with U P.
@@ -153,7 +155,7 @@ def carried(X: LowRank, r: int, A: Array) -> tuple[LowRank, Beside]:
     m, n = min(r, X.m), A.shape[1]
     D = X.D[:m]
     if m == 0:
-        return LowRank(X.basis[:, :0], D), Beside(A, A.T @ A)
+        return LowRank(X.basis[:, :0], D), Augmented(A, A.T @ A)
     width = -(-(m + n + PROBES) // LINE) * LINE
     together = xp.empty((X.d, width), dtype=A.dtype, device=compat.device(A))
     if X.mix is None:
@@ -169,8 +171,8 @@ def carried(X: LowRank, r: int, A: Array) -> tuple[LowRank, Beside]:
     if not _defect(products[:m, n:], probes, D) <= TOLERATED * eps(D):
         again = _made_orthonormal(LowRank(U, D))
         B = LowRank(again.U, again.D)
-        return B, _beside(B.U, A)
-    return LowRank(U, D), Beside(Y, products[:, :n])
+        return B, _augment(B.U, A)
+    return LowRank(U, D), Augmented(Y, products[:, :n])
 
 
 def orthonormalised(X: LowRank) -> LowRank:

@@ -173,7 +173,7 @@ class KFactor:
         if self.average.M is None:
             raise InputError("no columns came in before it")
         for process in self.processes.values():
-            if process.forgets:
+            if process.memoryless:
                 process.refresh(k, self.average)
 
     def _average(self) -> EAFactor | None:

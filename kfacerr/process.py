@@ -184,13 +184,13 @@ class Process:
     Attributes:
         needs_factor: whether `begin` and `update` read the dense factor; if not, they may be given None.
         needs_columns: whether they read columns or M_{k-1}; if not, M_k is all they need.
-        forgets: whether the heaviest update depends on the EA factor alone, so that all before it may be left out.
+        memoryless: whether the heaviest update depends on M_k alone, so that all before it may be left out.
         schedules: the settings that are periods of its updates.
     """
 
     needs_factor: ClassVar[bool] = True
     needs_columns: ClassVar[bool] = True
-    forgets: ClassVar[bool] = False
+    memoryless: ClassVar[bool] = False
     schedules: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -240,8 +240,8 @@ class Process:
         raise NotImplementedError(f"{type(self).__name__} is a process without `update`")
 
     def refresh(self, k: int, factor: EAFactor) -> None:
-        """The heaviest update from M_k alone, at a step that brings no columns. Only where `forgets`."""
-        raise NotImplementedError(f"{type(self).__name__} forgets, but is a process without `refresh`")
+        """The heaviest update from M_k alone, at a step that brings no columns. Only where `memoryless`."""
+        raise NotImplementedError(f"{type(self).__name__} is memoryless, but a process without `refresh`")
 
     # ------------------------------------------------------------------------------------------ estimates
 

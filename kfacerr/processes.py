@@ -29,7 +29,7 @@ class Periodic(Process):
     """A decomposition of M_k alone, once in T_inv iterations."""
 
     needs_columns = False
-    forgets = True
+    memoryless = True
     schedules: ClassVar[tuple[str, ...]] = ("T_inv",)
 
     def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
@@ -136,10 +136,10 @@ class Brand(Process):
             return False
         self._waiting = None
         whole = self.estimate.lowrank
-        B, beside = carried(whole, self.settings.rank, W)  # l.3-4
+        B, augmented = carried(whole, self.settings.rank, W)  # l.3-4
         D, removed = self._reduced(B.D, whole.D, decay)
         trace = decay * self.estimate.trace + mean_square(W)
-        low = symmetric_brand(LowRank(B.U, D), W, beside, decay=decay)  # l.6-7
+        low = symmetric_brand(LowRank(B.U, D), W, augmented, decay=decay)  # l.6-7
         self.estimate = Estimate(low, trace)
         if isinstance(self._certificate, Certificate):
             self._certificate = self._certificate.after_brand(removed, decay, low, trace)
@@ -189,7 +189,7 @@ class BrandRsvd(Brand):
     """
 
     needs_factor = True
-    forgets = True
+    memoryless = True
     schedules: ClassVar[tuple[str, ...]] = ("T_brand", "T_rsvd")
 
     def begin(self, k: int, factor: EAFactor | None) -> None:

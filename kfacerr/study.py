@@ -181,7 +181,7 @@ class ErrorStudy:
                 for process in factor.processes.values():
                     process.restart(step.k)
             if step.update:
-                active = [n for n, p in factor.processes.items() if window is not None or not p.forgets]
+                active = [n for n, p in factor.processes.items() if window is not None or not p.memoryless]
                 factor.push(step.k, step.A if side == "A" else step.G, active=active, finite=True)
             elif starts:
                 self._refresh(factor, step.k)

@@ -25,7 +25,7 @@ class WarmNystrom(Periodic):
     The first basis is Gaussian: an estimate without any power iteration.
     """
 
-    forgets = False
+    memoryless = False
 
     def decompose(self, M: Array) -> LowRank:
         """r modes; all of them exact where r + r_o covers the space."""

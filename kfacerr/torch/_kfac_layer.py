@@ -17,7 +17,7 @@ from ..process import Process, Settings
 from ..stream import Columns
 from ._direction import Product
 from ._layer import Layer
-from ._micro_batches import Tally, factor_columns, gradient_columns
+from ._micro_batches import LayerTotals, factor_columns, gradient_columns
 from ._scaling import probe
 from .linear import FactoredLinear, formed, held
 from .policy import FactorInfo, Hyper, LayerPolicy, choice_of_side, named_process
@@ -83,16 +83,16 @@ class KFACLayer(Layer):
 
     # ------------------------------------------------------------------------------------------- columns
 
-    def gradient_columns(self, tally: Tally) -> Columns:
+    def gradient_columns(self, totals: LayerTotals) -> Columns:
         """This process's columns of `G A^T = Mat(g)`."""
-        return gradient_columns(self.parts, tally) if self.parts else self._no_columns(tally)
+        return gradient_columns(self.parts, totals) if self.parts else self._no_columns(totals)
 
-    def factor_columns(self, tally: Tally, *, sampled: bool) -> Columns:
+    def factor_columns(self, totals: LayerTotals, *, sampled: bool) -> Columns:
         """This process's columns of the factors."""
-        return factor_columns(self.parts, tally, sampled=sampled) if self.parts else self._no_columns(tally)
+        return factor_columns(self.parts, totals, sampled=sampled) if self.parts else self._no_columns(totals)
 
-    def _no_columns(self, tally: Tally) -> Columns:
-        dtype = torch.float64 if tally.double else torch.float32
+    def _no_columns(self, totals: LayerTotals) -> Columns:
+        dtype = torch.float64 if totals.double else torch.float32
         A, G = (torch.zeros(d, 0, dtype=dtype, device=self.weight.device) for d in self.dimensions)
         return Columns(A, G)
 

@@ -12,7 +12,7 @@ from ..exceptions import InputError
 from ..stream import Columns
 from ._direction import Direction, Product, norm, scaled, zeroed
 from ._kfac_layer import KFACLayer
-from ._micro_batches import Tally
+from ._micro_batches import LayerTotals
 from ._precision import rounding
 from .distributed import Job, Team, update_together
 from .linear import finite_gradients
@@ -34,7 +34,7 @@ class KFACStep:
 
     Attributes:
         active: the layers that have a gradient.
-        tallies: what all processes have of each layer, by name; empty where no columns are needed.
+        totals: what all processes have of each layer, by name; empty where no columns are needed.
         columns: this process's share of what the factors take, by layer; empty in steps that update none.
         linear: whether Algorithm 8 is to apply from now on, by layer whose first columns these are.
         by_columns: all processes' columns of the gradients that Algorithm 8 is to precondition, by layer.
@@ -51,9 +51,9 @@ class KFACStep:
         self.updating = self.k % self.hyper.T_updt == 0
         layers = [layer for layer in optimizer.layers.values() if layer.is_optimized]
         self.active = [layer for layer in layers if layer.has_gradient]
-        self.tallies: dict[str, Tally] = {}
+        self.totals: dict[str, LayerTotals] = {}
         if layers and (self.updating or any(layer.linear is not False for layer in layers)):
-            self.tallies = tallies(layers, team, self.k)
+            self.totals = layer_totals(layers, team, self.k)
             if team.size > 1 and not optimizer._agreed:
                 optimizer._agreed = agree(self.active, team, self.k)
         self.columns = self._factor_columns() if self.updating else {}
@@ -64,10 +64,10 @@ class KFACStep:
         sampled = self.optimizer.fisher == "sampled"
         columns = {}
         for layer in self.active:
-            tally = self.tallies[layer.name]
+            totals = self.totals[layer.name]
             where = f"layer {layer.name!r}, step {self.k}"
-            if tally.n:
-                columns[layer.name] = layer.factor_columns(tally, sampled=sampled)
+            if totals.n:
+                columns[layer.name] = layer.factor_columns(totals, sampled=sampled)
             elif sampled:
                 raise InputError(
                     f"{where}: no sampled labels; call sample_fisher(output) between zero_grad() and step()"
@@ -83,12 +83,12 @@ class KFACStep:
     def _gradient_columns(self) -> dict[str, Columns]:
         by_columns = {}
         for layer in self.active:
-            if layer.linear is False or not (tally := self.tallies[layer.name]).n:
+            if layer.linear is False or not (totals := self.totals[layer.name]).n:
                 continue
             if layer.linear is None:
-                self.linear[layer] = layer.name in self.optimizer._named or tally.n < min(layer.dimensions)
+                self.linear[layer] = layer.name in self.optimizer._named or totals.n < min(layer.dimensions)
             if self.linear.get(layer, layer.linear):
-                A, G = (self.team.gather(X, tally.widths) for X in layer.gradient_columns(tally))
+                A, G = (self.team.gather(X, totals.widths) for X in layer.gradient_columns(totals))
                 by_columns[layer.name] = Columns(A, G)
                 if layer.is_factored and not layer.is_held:
                     self.optimizer._say(
@@ -144,8 +144,8 @@ class KFACStep:
         jobs = []
         for name in list(self.columns):
             layer, pair = self.optimizer.layers[name], self.columns.pop(name)
-            tally = self.tallies[name]
-            for fallback in layer.make_factors(pair, tally.n, self.hyper.settings):
+            totals = self.totals[name]
+            for fallback in layer.make_factors(pair, totals.n, self.hyper.settings):
                 self.optimizer._say(fallback, fallback)
             layer.configure(self.hyper)
             layer.parts.clear()  # those of convolutions are large
@@ -153,7 +153,7 @@ class KFACStep:
                 if self.team.size == 1:
                     layer.push(side, self.k, X)
                 else:
-                    jobs.append(Job(layer.factors[side], X, tally.widths, partial(layer.push, side)))
+                    jobs.append(Job(layer.factors[side], X, totals.widths, partial(layer.push, side)))
         if jobs:
             update_together(self.team, self.k, jobs)
 
@@ -213,7 +213,7 @@ def _report(lost: Sequence[tuple[str, Tensor]]) -> None:
         )
 
 
-def tallies(layers: Sequence[KFACLayer], team: Team, k: int) -> dict[str, Tally]:
+def layer_totals(layers: Sequence[KFACLayer], team: Team, k: int) -> dict[str, LayerTotals]:
     """Counts what all processes together have.
 
     Args:
@@ -247,7 +247,7 @@ def tallies(layers: Sequence[KFACLayer], team: Team, k: int) -> dict[str, Tally]
                 f"layer {layer.name!r}, step {k}: a gradient on some of the processes only; wrap the model in "
                 "DistributedDataParallel, or pass data_parallel=False"
             )
-        found[layer.name] = Tally(sum(batches), tuple(widths), any(double))
+        found[layer.name] = LayerTotals(sum(batches), tuple(widths), any(double))
     return found
 
 

@@ -22,7 +22,7 @@ from .columns import batch_size, layer_columns
 if TYPE_CHECKING:
     from .follower import Capture
 
-__all__ = ["MicroBatch", "Tally", "factor_columns", "gradient_columns", "micro_batch"]
+__all__ = ["LayerTotals", "MicroBatch", "factor_columns", "gradient_columns", "micro_batch"]
 
 
 class MicroBatch(NamedTuple):
@@ -53,7 +53,7 @@ def micro_batch(capture: "Capture", loss_scale: float) -> MicroBatch:
     return MicroBatch(Columns(A, G), batch_size(capture.module, capture.x), capture.grad.dtype)
 
 
-class Tally(NamedTuple):
+class LayerTotals(NamedTuple):
     """What all processes together have of a layer for the coming step.
 
     Attributes:
@@ -71,19 +71,19 @@ class Tally(NamedTuple):
         return sum(self.widths)
 
 
-def gradient_columns(parts: Sequence[MicroBatch], tally: Tally) -> Columns:
+def gradient_columns(parts: Sequence[MicroBatch], totals: LayerTotals) -> Columns:
     """A (d_A, n), G (d_G, n), this process's columns of the step's gradient `G A^T`."""
-    shares = _shares(parts, tally)
-    return _side_by_side(parts, shares, [1 / (share * len(tally.widths)) for share in shares])
+    shares = _shares(parts, totals)
+    return _side_by_side(parts, shares, [1 / (share * len(totals.widths)) for share in shares])
 
 
-def factor_columns(parts: Sequence[MicroBatch], tally: Tally, *, sampled: bool) -> Columns:
+def factor_columns(parts: Sequence[MicroBatch], totals: LayerTotals, *, sampled: bool) -> Columns:
     """A (d_A, n), G (d_G, n), this process's columns of `A A^T` = Omega and `G G^T` = Gamma: what processes see.
 
     With sampled labels each micro-batch has a mean loss of its own, not a part of the whole one.
     """
-    shares = _shares(parts, tally)
-    scales = [share if sampled else 1 / (share * len(tally.widths)) for share in shares]
+    shares = _shares(parts, totals)
+    scales = [share if sampled else 1 / (share * len(totals.widths)) for share in shares]
     weights = [1 / math.sqrt(part.positions or 1) for part in parts]
     return _side_by_side(parts, shares, [w * s for w, s in zip(weights, scales, strict=True)])
 
@@ -94,6 +94,6 @@ def _side_by_side(parts: Sequence[MicroBatch], for_A: Sequence[float], for_G: Se
     return Columns(A[0], G[0]) if len(parts) == 1 else Columns(torch.cat(A, dim=1), torch.cat(G, dim=1))
 
 
-def _shares(parts: Sequence[MicroBatch], tally: Tally) -> list[float]:
+def _shares(parts: Sequence[MicroBatch], totals: LayerTotals) -> list[float]:
     """sqrt(b_j/b)."""
-    return [math.sqrt(max(part.batch, 1) / max(tally.batch, 1)) for part in parts]
+    return [math.sqrt(max(part.batch, 1) / max(totals.batch, 1)) for part in parts]

@@ -30,7 +30,7 @@ from ..recording import Recording
 from ..report import Measurement, Report, default_rank
 from ..stream import Columns, Step, Window
 from ..study import ErrorStudy
-from ._micro_batches import Tally, gradient_columns, micro_batch
+from ._micro_batches import LayerTotals, gradient_columns, micro_batch
 from .follower import Capture, Follower, followable_layers, release
 
 __all__ = ["Watch", "watch"]
@@ -224,7 +224,7 @@ class Watch:
         scale = float(self._loss_scale() if callable(self._loss_scale) else self._loss_scale)
         parts = [micro_batch(capture, scale) for capture in passes]
         batch, n = sum(part.batch for part in parts), sum(part.columns.A.shape[1] for part in parts)
-        columns = gradient_columns(parts, Tally(batch, (n,), double=False))
+        columns = gradient_columns(parts, LayerTotals(batch, (n,), double=False))
         dtype = torch.float64 if columns.A.device.type == "cpu" else torch.float32
         return Columns(columns.A.to(dtype), columns.G.to(dtype))
 

@@ -270,7 +270,7 @@ class RunsThroughout(ErrorStudy):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for process in (p for factor in self.factors.values() for p in factor.processes.values()):
-            process.forgets = False  # on the instance: run at every update; windows here start with one
+            process.memoryless = False  # on the instance: run at every update; windows here start with one
 
 
 def test_leaving_out_what_a_process_forgets_changes_no_row():

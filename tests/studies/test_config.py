@@ -198,6 +198,16 @@ def test_an_error_study_measures_the_seven_and_r_kfac_at_the_rank_of_the_brand_v
     assert json.loads(json.dumps(dataclasses.asdict(preset)))["name"] == preset.name
 
 
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
+def test_a_window_lies_within_one_phi_one_rank_and_one_oversampling(preset: Preset) -> None:
+    steps = (preset.n_train or {"digits": 1437, "cifar10": 50_000}[preset.dataset]) // preset.batch_size
+    of = preset.schedules
+    for window, paper_epoch in zip(preset.windows(steps), (15, 30), strict=True):
+        epochs = range(window.start // steps, (window.start + window.length - 1) // steps + 1)
+        assert len({(of.phi(epoch), of.rank(epoch), of.oversampling(epoch)) for epoch in epochs}) == 1
+        assert of.phi(epochs[0]) == PRESETS["paper"].schedules.phi(paper_epoch)
+
+
 def test_the_papers_preset_is_section_6() -> None:
     paper = OPTIMIZER_PRESETS["paper"]
     assert (paper.width, paper.batch_size, paper.epochs, len(paper.seeds)) == (1.0, 256, 50, 10)
