@@ -11,6 +11,7 @@ micro-batches (`kfacerr.torch._micro_batches`).
 
 import fnmatch
 import logging
+import operator
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def watch(
     phi: float = 0.1,
     continuation: str = "min",
     every: int = 10,
-    windows: Sequence[tuple[int, int]] | None = None,
+    windows: Window | Sequence[tuple[int, ...]] | None = None,
     record: str | Path | None = None,
     loss_scale: float | Callable[[], float] = 1.0,
     seed: int = 0,
@@ -70,7 +71,8 @@ def watch(
         phi: damping ratio.
         continuation: of the spectrum.
         every: T_updt, optimizer steps between updates of the factors.
-        windows: (first iteration, length) of each, iterations counted from 0 in the block; see above if None.
+        windows: (first iteration, length) of each, or `Window`s, iterations counted from 0 in the block; one
+            `Window` may stand for itself; see above if None.
         record: where to write an HDF5 recording as well (version 2: batches may differ in size).
         loss_scale: what the loss is multiplied with before `backward()`; for a GradScaler `scaler.get_scale`.
         seed: of the randomised algorithms.
@@ -97,14 +99,14 @@ class _Windows:
     GROWTH, FIRST, UPDATES = 8, 10, 10
     COUNT = 12  # the last of the default windows starts at 10^11 steps
 
-    def __init__(self, every: int, given: Sequence[tuple[int, int]] | None) -> None:
+    def __init__(self, every: int, given: Window | Sequence[tuple[int, ...]] | None) -> None:
         self.every = every
         self.given = given is not None
         if given is None:
             starts = (self.FIRST * every * self.GROWTH**j for j in range(self.COUNT))
             self.windows = [Window(start, self.UPDATES * every) for start in starts]
         else:
-            self.windows = sorted(Window(int(start), int(length)) for start, length in given)
+            self.windows = _given([given] if isinstance(given, Window) else given)
 
     def updates(self, k: int) -> bool:
         """Whether the factors take iteration k's columns."""
@@ -117,6 +119,16 @@ class _Windows:
     def reached(self, k: int) -> list[Window]:
         """Those that had begun by iteration k; all that were given."""
         return [w for w in self.windows if self.given or w.start < max(k, 1)]
+
+
+def _given(windows: Sequence[tuple[int, ...]]) -> list[Window]:
+    """As `Window`s, by their start."""
+    try:
+        return sorted(Window(*map(operator.index, window)) for window in windows)
+    except TypeError:
+        raise InputError(
+            f"windows must be (first iteration, length) pairs of whole numbers, got {windows!r}"
+        ) from None
 
 
 class Watch:
@@ -161,6 +173,10 @@ class Watch:
         self._writer: RecordingWriter | None = None
         self._handle: Any = None
 
+    def __repr__(self) -> str:
+        what = "see .report()" if self._measurements else "nothing measured yet"
+        return f"<kfacerr Watch of {', '.join(map(repr, self.layers))}: {self.k} steps; {what}>"
+
     # --------------------------------------------------------------------------------------------- block
 
     def __enter__(self) -> Self:
@@ -182,8 +198,10 @@ class Watch:
         self._handle.remove()
         assert self._follower is not None
         self._follower.close()
-        if self._writer is not None:
-            self._writer.close()  # what there is is a recording, also where the training failed
+        if self._writer is not None:  # what there is is a recording, also where the training failed
+            for name in self._measurements:
+                self._writer.set_windows(name, self._windows.reached(self.k))
+            self._writer.close()
         if self.k == 0 and error is None:
             logger.warning("no optimizer with a watched weight took a step inside the block: nothing was measured")
 

@@ -13,6 +13,7 @@ from kfacerr.exceptions import InputError
 from kfacerr.metrics import METRICS
 from kfacerr.process import Settings
 from kfacerr.recording import Recording
+from kfacerr.report import report_recording
 from kfacerr.stream import Step, Window
 from kfacerr.study import ErrorStudy
 from kfacerr.torch import KFAC, ColumnHooks
@@ -182,6 +183,36 @@ def test_the_windows_by_default_grow_rarer_and_are_measured_at_updates():
     assert "not reached" not in report.summary()
 
 
+def test_the_recording_has_the_windows_that_were_reached(tmp_path):
+    model, path = make(), tmp_path / "run.h5"
+    with watch(model, "2", algorithms=["B-KFAC"], rank=3, every=2, record=path) as w:
+        train(model, batches(60))
+    with Recording(path) as recording:
+        assert recording.layer("2").windows == [Window(20, 20)]
+        assert (
+            report_recording(recording, rank=3, algorithms=["B-KFAC"]).layers[0].windows
+            == w.report().layers[0].windows
+        )
+
+
+def test_windows_may_be_windows():
+    tables = []
+    for windows in (Window(4, 4), [Window(4, 4)], [(4, 4)]):
+        model = make()
+        with watch(model, "2", **{**QUICK, "windows": windows}) as w:
+            train(model)
+        tables.append(values(w.report()))
+    assert tables[0] == tables[1] == tables[2] and tables[0]
+
+
+def test_what_it_is_when_shown():
+    model = make()
+    with watch(model, ["0", "2"], **QUICK) as w:
+        assert repr(w) == "<kfacerr Watch of '0', '2': 0 steps; nothing measured yet>"
+        train(model)
+    assert repr(w) == "<kfacerr Watch of '0', '2': 12 steps; see .report()>"
+
+
 def test_it_records_what_it_saw_and_advises_from_it(tmp_path):
     model, path = make(), tmp_path / "run.h5"
     data = [(x[: 8 - (k == 5)], y[: 8 - (k == 5)]) for k, (x, y) in enumerate(batches())]  # a short batch
@@ -312,6 +343,8 @@ def test_a_gradient_of_the_columns_is_that_of_the_weight(tmp_path):
         ({"continuation": "max"}, "continuation 'max'"),
         ({"windows": [(0, 5), (3, 4)]}, "windows overlap"),
         ({"windows": [(0, 0)]}, "window"),
+        ({"windows": [7]}, "windows must be .* pairs of whole numbers"),
+        ({"windows": [(1.5, 3)]}, "windows must be .* pairs of whole numbers"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_block(keywords, message):
