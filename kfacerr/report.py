@@ -173,7 +173,8 @@ class Measurement:
         rank = self.settings.rank
         found = {side: FactorFacts.of(factor, rank, self._phi_used) for side, factor in factors.items()}
         seen = {row.k for row in self.rows}
-        reached, missed = [], []
+        reached: list[Window] = []
+        missed: list[Window] = []
         for window in self.study.windows if windows is None else windows:
             (reached if any(k in window for k in seen) else missed).append(window)
         notes = (*self._notes(found, missed), *([remark] if remark else []))

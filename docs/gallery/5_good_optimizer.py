@@ -5,7 +5,9 @@ Five minutes to a good optimizer
 Watch a few hundred steps, ask which inverses they would have wanted, and train with those.
 """
 
+import tempfile
 import time
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -47,8 +49,9 @@ def train(model, optimizer, steps):
 # The optimizer that you have will do: what is learned are the layers' spectra, their speed, and what inverses
 # cost here.
 
+recording = Path(tempfile.mkdtemp()) / "digits.h5"
 model = new_model()
-with kfacerr.torch.watch(model, ["0", "2"], rank=16, algorithms=["B-KFAC"], every=T_updt, record="digits.h5") as w:
+with kfacerr.torch.watch(model, ["0", "2"], rank=16, algorithms=["B-KFAC"], every=T_updt, record=recording) as w:
     baseline = list(train(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), 250))
 
 # %%

@@ -6,6 +6,7 @@ The frontier of cost and error on a layer of your own, and what lies on it.
 """
 
 import gzip
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,8 @@ optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 # %%
 # A recording keeps what was seen, so that any number of inverses can be tried on it afterwards.
 
-with kfacerr.torch.watch(model, "2", rank=16, algorithms=["B-KFAC"], record="layer.h5") as w:
+recording = Path(tempfile.mkdtemp()) / "layer.h5"
+with kfacerr.torch.watch(model, "2", rank=16, algorithms=["B-KFAC"], record=recording) as w:
     for _ in range(300):
         chosen = torch.randint(len(images), (32,))
         optimizer.zero_grad()
