@@ -68,6 +68,7 @@ sphinx_gallery_conf = {
     "filename_pattern": r"\.py$",
     "within_subsection_order": "FileNameSortKey",
     "image_scrapers": (figures,),
+    "default_thumb_file": str(ROOT / "docs/images/tutorial.png"),
     "ignore_repr_types": r"matplotlib\.figure",
     "only_warn_on_example_error": False,
     "abort_on_example_error": True,
