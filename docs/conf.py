@@ -2,8 +2,12 @@
 
 import re
 import tomllib
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
+from sphinx_gallery.scrapers import figure_rst, matplotlib_scraper
 
 from kfacerr import __version__
 
@@ -14,13 +18,25 @@ project = PROJECT["name"]
 release = __version__
 author = PROJECT["authors"][0]["name"]
 copyright = author
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "sphinx_gallery.gen_gallery",
+]
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = f"{project} {release}"
 html_show_sourcelink = False
+
+# MathJax comes with the site, for readers without a network: one script, which holds its fonts as outlines.
+MATHJAX = Path(str(files("mathjax"))) / "static/mathjax/es5/tex-svg-full.js"
+html_static_path = [str(MATHJAX)]
+mathjax_path = MATHJAX.name
 
 default_role = "py:obj"
 autodoc_member_order = "bysource"
@@ -31,6 +47,38 @@ napoleon_use_ivar = True
 add_module_names = False
 smartquotes_action = "D"  # only the dashes that Sphinx itself writes as --
 python_maximum_signature_line_length = 100
+
+
+# --------------------------------------------------------------------------------------------- the examples
+
+
+def figures(block: Any, variables: dict[str, Any], conf: Any, **options: Any) -> str:
+    """A scraper for sphinx-gallery: pyplot's figures, or the one of a block's last line that pyplot knows not."""
+    shown = variables["example_globals"].get("___")
+    if not isinstance(shown, Figure) or shown.canvas.manager is not None:
+        return str(matplotlib_scraper(block, variables, conf, **options))
+    path = next(variables["image_path_iterator"])
+    shown.savefig(path, dpi=150)
+    return str(figure_rst([path], conf["src_dir"]))
+
+
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "examples",
+    "filename_pattern": r"\.py$",
+    "within_subsection_order": "FileNameSortKey",
+    "image_scrapers": (figures,),
+    "default_thumb_file": str(ROOT / "docs/images/tutorial.png"),
+    "ignore_repr_types": r"matplotlib\.figure",
+    "only_warn_on_example_error": False,
+    "abort_on_example_error": True,
+    "write_computation_times": False,
+    "show_memory": False,
+    "show_signature": False,
+    "remove_config_comments": True,
+}
+suppress_warnings = ["config.cache"]  # of the scraper, a function
+exclude_patterns = ["gallery"]  # what sphinx-gallery makes pages of, in examples/
 
 
 # ------------------------------------------------------------------------------- docstrings to reStructuredText

@@ -65,6 +65,8 @@ def monitor_figure(errors: pd.DataFrame, spectra: pd.DataFrame, title: str) -> F
         ax.set_ylim(bottom=1e-4)
         ax.set_title(f"spectrum of {symbol}", fontsize=8)
         ax.set_xlabel("epoch", fontsize=8)
+    for ax, label in zip(axes[:, 0], ("relative error", "relative error", "share"), strict=True):
+        ax.set_ylabel(label, fontsize=8)
     axes[2, 0].legend(fontsize=7, frameon=False)
     for ax in axes.flat:
         ax.tick_params(labelsize=7)

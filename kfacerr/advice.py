@@ -266,6 +266,9 @@ class Advice:
     def __str__(self) -> str:
         return self.summary()
 
+    def __repr__(self) -> str:
+        return f"<kfacerr Advice for {self.layer!r}: {self.choice}; print it, or see .table, .plot() and .policy>"
+
     def to_csv(self, path: str | Path) -> None:
         """Writes the table."""
         write_atomically(Path(path), lambda p: self.table.to_csv(p, index=False, float_format="%.8g"))

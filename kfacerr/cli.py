@@ -25,7 +25,6 @@ from .study import DAMPINGS, ErrorStudy, Row, averages, table
 
 if TYPE_CHECKING:
     from .recording import LayerRecording
-    from .verify import Verdict
 
 __all__ = ["main"]
 
@@ -114,6 +113,7 @@ def _add_verify(commands: Any) -> None:
     add("--stretches", type=int, default=3, help="runs of updates that get the dense checks")
     add("--length", type=int, metavar="L", help="updates in each (default: 2 to 5, by size)")
     add("--seed", type=int, default=0, help="of sketches, corrections and probes")
+    add("-v", "--verbose", action="store_true", help="a row for each claim as well, with its tightest instance")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -130,23 +130,11 @@ def _verify(arguments: argparse.Namespace) -> int:
         for layer in [recording.layer(name) for name in names]:  # a name that is not there is found at once
             report = verify_layer(layer, **options)
             failed += sum(not finding.holds for finding in report.findings)
-            print(_verdict(report), end="\n\n", flush=True)
+            print(report, end="\n\n", flush=True)
+            if arguments.verbose:
+                print(report.details(), end="\n\n", flush=True)
     print("every claim holds" if not failed else f"{failed} claims fail")
     return int(failed > 0)
-
-
-def _verdict(report: "Verdict") -> str:
-    rows = [
-        {
-            "claim": finding.claim,
-            "holds": "yes" if finding.holds else f"NO ({finding.failures} fail)",
-            "instances": finding.instances,
-            "slack": finding.slack,
-            "tightest at": finding.where,
-        }
-        for finding in report.findings
-    ]
-    return "\n".join([f"layer {report.layer}", *report.coverage, "", _markdown(rows, ".2g")])
 
 
 # ------------------------------------------------------------------------------------------ report, advise

@@ -123,8 +123,11 @@ _DARK: Any = {
     "grid.color": "#555555",
 }
 
-_WIDTHS = (2.6, 0.9)
+_WIDTHS = (2.0, 0.9)
 """Of the first curve and the last: a curve that lies on another leaves its edges to be seen."""
+
+_MARKERS = "osD^vPX"
+"""Each curve has its own, on blocks of its own: where curves are equal, their markers take turns."""
 
 
 def error_figure(
@@ -155,16 +158,27 @@ def error_figure(
                 if row == len(windows) - 1:
                     axes[row, column].set_xlabel("iteration in the window", fontsize=8)
             axes[row, 0].set_ylabel(f"{label}\nerror", fontsize=8)
-        handles = [Line2D([], [], color=c, linestyle=s, linewidth=1.2, label=n) for n, (c, s) in styles.items()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+        handles = [
+            Line2D([], [], color=colour, linestyle=line, linewidth=1.2, label=name, **_marker(i))
+            for i, (name, (colour, line)) in enumerate(styles.items())
+        ]
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False, handlelength=3.4
+        )
         if title:
             figure.suptitle(title, fontsize=8)
     return figure
 
 
+def _marker(i: int) -> dict[str, Any]:
+    """Of the i-th curve."""
+    marker = _MARKERS[i % len(_MARKERS)]
+    return {"marker": marker, "markersize": 3.6, "markeredgecolor": "white", "markeredgewidth": 0.4}
+
+
 def _panel(ax: Any, curves: pd.DataFrame, styles: dict[str, tuple[str, Any]], block: int) -> None:
-    """One window and metric: each curve a step function, thinner than those below it."""
-    for name, width in zip(styles, np.linspace(*_WIDTHS, len(styles)), strict=True):
+    """One window and metric: bands, and over them each curve a step function, thinner than those below it."""
+    for i, (name, width) in enumerate(zip(styles, np.linspace(*_WIDTHS, len(styles)), strict=True)):
         curve = curves[curves.algorithm == name]
         if curve.empty:
             continue
@@ -172,8 +186,11 @@ def _panel(ax: Any, curves: pd.DataFrame, styles: dict[str, tuple[str, Any]], bl
         # The error is constant over a block, so each is drawn as a step of the block's length.
         x = np.append(curve.iteration, curve.iteration.max() + block)
         y, low, high = (np.append(curve[c], curve[c].iloc[-1]) for c in ("mean", "low", "high"))
-        ax.step(x, y, where="post", color=colour, linestyle=line, linewidth=width)
-        ax.fill_between(x, low, high, step="post", color=colour, alpha=0.12, linewidth=0)
+        ax.fill_between(x, low, high, step="post", color=colour, alpha=0.12, linewidth=0, zorder=1)
+        ax.step(x, y, where="post", color=colour, linestyle=line, linewidth=width, zorder=2)
+        turns = min(len(styles), len(curve))
+        middle, own = curve.iteration + block / 2, slice(i % turns, None, turns)
+        ax.plot(middle[own], curve["mean"][own], color=colour, linestyle="none", zorder=3, **_marker(i))
     if (limits := _limits(curves)) is not None:
         ax.set_yscale("log", nonpositive="clip")
         ax.set_ylim(limits)

@@ -127,11 +127,7 @@ class RecordingWriter:
         sizes |= {} if n is None else {"n": n}
         for key, value in sizes.items():
             _check_whole(value, 1, f"layer {layer!r}: {key}")
-        for window in windows:
-            for value in window:
-                _check_whole(value, 0, f"layer {layer!r}: a window's entry")
-        rows = np.array([tuple(w) for w in windows], dtype=np.int64).reshape(-1, 3)
-        check_windows(rows, f"layer {layer!r}")
+        rows = _window_rows(windows, f"layer {layer!r}")
         if layer in self._last:
             self._check_same(layer, sizes | {"bias": bias, "dtype": storage}, n is None, rows)
             return
@@ -199,6 +195,22 @@ class RecordingWriter:
             _cut(group, count)
             raise
         self._last[layer] = step.k
+
+    def set_windows(self, layer: str, windows: Sequence[Window]) -> None:
+        """Replaces a layer's windows, where only the end of a training tells which were reached.
+
+        Args:
+            layer: its name.
+            windows: as in `add_layer`.
+
+        Raises:
+            InputError: for an unknown layer, or for bad windows.
+        """
+        group = self._group(layer)
+        rows = _window_rows(windows, f"layer {layer!r}")
+        del group["windows"]
+        group.create_dataset("windows", data=rows)
+        self._file.flush()
 
     def truncate(self, layer: str, k: int) -> int:
         """Drops a layer's steps with iteration >= k, and returns how many are left."""
@@ -314,6 +326,16 @@ def _create_columns(group: Any, name: str, d: int, n: int | None, batch_size: in
 def _create_series(group: Any, name: str, dtype: Any) -> None:
     # No checksum: these chunks are written again at every step, and a kill in between must not lose them all.
     group.create_dataset(name, shape=(0,), maxshape=(None,), chunks=(1024,), dtype=dtype)
+
+
+def _window_rows(windows: Sequence[Window], where: str) -> np.ndarray:
+    """(W, 3) int64, checked."""
+    for window in windows:
+        for value in window:
+            _check_whole(value, 0, f"{where}: a window's entry")
+    rows = np.array([tuple(w) for w in windows], dtype=np.int64).reshape(-1, 3)
+    check_windows(rows, where)
+    return rows
 
 
 def _check_whole(value: Any, least: int, what: str, most: float = math.inf) -> None:

@@ -172,13 +172,25 @@ class Measurement:
             raise InputError(f"layer {self.name!r}: no columns came in, there is nothing to report")
         rank = self.settings.rank
         found = {side: FactorFacts.of(factor, rank, self._phi_used) for side, factor in factors.items()}
-        told = tuple(self.study.windows if windows is None else windows)
-        notes = (*self._notes(found, told), *([remark] if remark else []))
+        seen = {row.k for row in self.rows}
+        reached: list[Window] = []
+        missed: list[Window] = []
+        for window in self.study.windows if windows is None else windows:
+            (reached if any(k in window for k in seen) else missed).append(window)
+        notes = (*self._notes(found, missed), *([remark] if remark else []))
         return LayerFacts(
-            self.name, self._n, self.settings, self._phi_used, self.every, told, found, self.seconds, notes
+            self.name,
+            self._n,
+            self.settings,
+            self._phi_used,
+            self.every,
+            tuple(reached),
+            found,
+            self.seconds,
+            notes,
         )
 
-    def _notes(self, factors: Mapping[str, FactorFacts], windows: Sequence[Window]) -> Iterable[str]:
+    def _notes(self, factors: Mapping[str, FactorFacts], missed: Sequence[Window]) -> Iterable[str]:
         """Where an algorithm saves nothing, and windows that were not reached."""
         for measured in self.study.measured:
             algorithm = Algorithm.parse(measured.name)
@@ -190,10 +202,9 @@ class Measurement:
                     f"{measured.name}: r + n >= d for {' and '.join(full)}, where it saves nothing; "
                     "KFAC uses R-KFAC there"
                 )
-        seen = {row.k for row in self.rows}
-        for window in windows:
-            if not any(k in window for k in seen):
-                yield f"the window of {window.length} iterations from {window.start} was not reached"
+        if missed:
+            others = f", nor were {len(missed) - 1} others" if len(missed) > 1 else ""
+            yield f"the window of {missed[0].length} iterations from {missed[0].start} was not reached{others}"
 
 
 class Report:
@@ -279,8 +290,8 @@ class Report:
         parts = [self.title, "", self.facts().to_markdown(index=False), ""]
         for layer in self.layers:
             parts += [_about(layer), "", self.errors(layer.name).to_markdown(), ""]
-            parts += [f"- {note}" for note in layer.notes]
-        parts += ["", *(f"{metric}: {meaning}" for metric, meaning in MEANING.items()), CERTAIN, self._cost()]
+            parts += [*(f"- {note}" for note in layer.notes), ""] if layer.notes else []
+        parts += [*(f"{metric}: {meaning}" for metric, meaning in MEANING.items()), CERTAIN, self._cost()]
         return "\n".join(parts)
 
     def _cost(self) -> str:
@@ -413,7 +424,8 @@ def default_rank(d_A: int, d_G: int) -> int:
 def _about(layer: LayerFacts) -> str:
     """One line: r, n, phi, rho, T_updt, windows."""
     s = layer.settings
-    windows = ", ".join(f"{w.start}-{w.start + w.length - 1}" for w in layer.windows) or "none"
+    shown = [f"{w.start}-{w.start + w.length - 1}" for w in layer.windows]
+    windows = ", ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]]) or "none"
     return (
         f"layer {layer.name}: r = {s.rank}, n = {layer.n}, phi = {layer.phi:g}, rho = {s.rho:g}, "
         f"new columns every {layer.every} iterations, measured in iterations {windows}"

@@ -17,8 +17,7 @@ Two kinds of check, both on the K-factors A and G of a layer:
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -33,8 +32,9 @@ from .inverse import check_phi
 from .lowrank import LowRank
 from .process import Process, Settings
 from .recording import LayerRecording
+from .verdict import Verdict, findings
 
-__all__ = ["Finding", "Verdict", "certificate_claims", "findings", "verify_layer"]
+__all__ = ["certificate_claims", "verify_layer"]
 
 PROBES = 16
 
@@ -43,71 +43,6 @@ ROWS = 200
 
 ALARM = 1e-6
 """The chance of a false alarm in a layer's whole-stream trace checks."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What all instances of one claim came to.
-
-    Attributes:
-        claim: its name.
-        instances: how many were checked.
-        failures: how many do not hold.
-        slack: of the tightest instance. For an inequality (large - small)/large, so that 0 is attained and 1 is
-            far from it, over instances with more than rounding on the large side (infinite if there is none); for
-            an identity minus its residual and for "p.s.d." the smallest eigenvalue, both relative to the scale of
-            their rounding errors. Negative beyond rounding only if the claim fails.
-        where: the tightest instance.
-    """
-
-    claim: str
-    instances: int
-    failures: int
-    slack: float
-    where: str
-
-    @property
-    def holds(self) -> bool:
-        return self.failures == 0
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A layer's findings, and what they cover in words."""
-
-    layer: str
-    findings: list[Finding]
-    coverage: list[str]
-
-    @property
-    def holds(self) -> bool:
-        return all(finding.holds for finding in self.findings)
-
-
-def findings(claims: Iterable[tuple[str, Claim]]) -> list[Finding]:
-    """Gathers (place, claim) pairs by the claims' names, in the order of their first instance."""
-    found: dict[str, Finding] = {}
-    for place, claim in claims:
-        slack = _relative_slack(claim)
-        where = f"{place}: {claim.where}" if claim.where else place
-        failed = int(not claim.holds())
-        old = found.get(claim.name)
-        if old is None:
-            found[claim.name] = Finding(claim.name, 1, failed, slack, where)
-            continue
-        # NaN is no slack at all, and never an argument to go on.
-        if not slack >= old.slack:
-            old = Finding(claim.name, old.instances, old.failures, slack, where)
-        found[claim.name] = Finding(old.claim, old.instances + 1, old.failures + failed, old.slack, old.where)
-    return list(found.values())
-
-
-def _relative_slack(claim: Claim) -> float:
-    if isinstance(claim, Inequality) and claim.large > TOLERANCE * claim.unit * claim.scale:
-        return claim.slack / claim.large
-    if isinstance(claim, Inequality) and claim.holds():
-        return math.inf
-    return claim.slack / claim.scale if claim.scale > 0 else claim.slack
 
 
 # ------------------------------------------------------------------------------------------- certificates

@@ -4,12 +4,14 @@
         train(model)  # your loop, Lightning, transformers' Trainer, accelerate: unchanged
     print(w.report())
 
-An iteration is a step of an optimizer that holds a watched weight; torch calls back before it. What backwards left
-for a layer since the last step are its micro-batches (`kfacerr.torch._micro_batches`).
+An iteration is a step of an optimizer that holds a watched weight; torch calls back after it, as a step may run
+the backward itself, in its closure (Lightning does). What backwards left for a layer since the last step are its
+micro-batches (`kfacerr.torch._micro_batches`).
 """
 
 import fnmatch
 import logging
+import operator
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..advice import Advice, Budget, advise_recording
 from ..algorithms import SEVEN, Algorithm
@@ -47,7 +49,7 @@ def watch(
     phi: float = 0.1,
     continuation: str = "min",
     every: int = 10,
-    windows: Sequence[tuple[int, int]] | None = None,
+    windows: Window | Sequence[tuple[int, ...]] | None = None,
     record: str | Path | None = None,
     loss_scale: float | Callable[[], float] = 1.0,
     seed: int = 0,
@@ -69,7 +71,8 @@ def watch(
         phi: damping ratio.
         continuation: of the spectrum.
         every: T_updt, optimizer steps between updates of the factors.
-        windows: (first iteration, length) of each, iterations counted from 0 in the block; see above if None.
+        windows: (first iteration, length) of each, or `Window`s, iterations counted from 0 in the block; one
+            `Window` may stand for itself; see above if None.
         record: where to write an HDF5 recording as well (version 2: batches may differ in size).
         loss_scale: what the loss is multiplied with before `backward()`; for a GradScaler `scaler.get_scale`.
         seed: of the randomised algorithms.
@@ -96,14 +99,14 @@ class _Windows:
     GROWTH, FIRST, UPDATES = 8, 10, 10
     COUNT = 12  # the last of the default windows starts at 10^11 steps
 
-    def __init__(self, every: int, given: Sequence[tuple[int, int]] | None) -> None:
+    def __init__(self, every: int, given: Window | Sequence[tuple[int, ...]] | None) -> None:
         self.every = every
         self.given = given is not None
         if given is None:
             starts = (self.FIRST * every * self.GROWTH**j for j in range(self.COUNT))
             self.windows = [Window(start, self.UPDATES * every) for start in starts]
         else:
-            self.windows = sorted(Window(int(start), int(length)) for start, length in given)
+            self.windows = _given([given] if isinstance(given, Window) else given)
 
     def updates(self, k: int) -> bool:
         """Whether the factors take iteration k's columns."""
@@ -116,6 +119,16 @@ class _Windows:
     def reached(self, k: int) -> list[Window]:
         """Those that had begun by iteration k; all that were given."""
         return [w for w in self.windows if self.given or w.start < max(k, 1)]
+
+
+def _given(windows: Sequence[tuple[int, ...]]) -> list[Window]:
+    """As `Window`s, by their start."""
+    try:
+        return sorted(Window(*map(operator.index, window)) for window in windows)
+    except TypeError:
+        raise InputError(
+            f"windows must be (first iteration, length) pairs of whole numbers, got {windows!r}"
+        ) from None
 
 
 class Watch:
@@ -160,6 +173,10 @@ class Watch:
         self._writer: RecordingWriter | None = None
         self._handle: Any = None
 
+    def __repr__(self) -> str:
+        what = "see .report()" if self._measurements else "nothing measured yet"
+        return f"<kfacerr Watch of {', '.join(map(repr, self.layers))}: {self.k} steps; {what}>"
+
     # --------------------------------------------------------------------------------------------- block
 
     def __enter__(self) -> Self:
@@ -170,7 +187,7 @@ class Watch:
         way_out = "leave {name!r} out of the layers that are watched"
         self._follower = Follower(self._modules, several=True, way_out=way_out)
         self._follower.enabled = self._windows.wants(0)
-        self._handle = register_optimizer_step_pre_hook(self._on_step)
+        self._handle = register_optimizer_step_post_hook(self._on_step)
         self._began = time.perf_counter()
         return self
 
@@ -181,13 +198,15 @@ class Watch:
         self._handle.remove()
         assert self._follower is not None
         self._follower.close()
-        if self._writer is not None:
-            self._writer.close()  # what there is is a recording, also where the training failed
+        if self._writer is not None:  # what there is is a recording, also where the training failed
+            for name in self._measurements:
+                self._writer.set_windows(name, self._windows.reached(self.k))
+            self._writer.close()
         if self.k == 0 and error is None:
             logger.warning("no optimizer with a watched weight took a step inside the block: nothing was measured")
 
     def _on_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Before any optimizer's step."""
+        """After any optimizer's step."""
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(module._parameters.get("weight")) in own for module in self._modules.values()):
             return

@@ -40,6 +40,10 @@ def advice(recorded):
         return advise_recording(recording.layer("fc"), rank=4, budget=Budget.parse("1e9x"))
 
 
+def test_it_says_what_it_is_when_shown(advice):
+    assert repr(advice).startswith(f"<kfacerr Advice for 'fc': {advice.choice}; ")
+
+
 def test_the_table_has_the_columns_of_the_contract(advice):
     assert list(advice.table.columns[:7]) == ["algorithm", "cost", *METRICS, "on_frontier"]
     assert len(advice.table) > 20 and not advice.table.isna().any().any()

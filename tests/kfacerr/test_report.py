@@ -92,7 +92,18 @@ def test_a_window_that_was_not_reached_is_told():
     measurement = Measurement("fc", SETTINGS, [Window(0, 5), Window(100, 5)])
     for step in steps(last=8):
         measurement.push(step)
-    assert "from 100 was not reached" in Report([measurement]).summary()
+    report = Report([measurement])
+    assert "from 100 was not reached" in report.summary()
+    assert report.layers[0].windows == (Window(0, 5),), "where errors were measured"
+    assert "iterations 0-4\n" in report.summary()
+
+
+def test_many_windows_that_were_not_reached_are_one_note():
+    measurement = Measurement("fc", SETTINGS, [Window(10**j, 5) for j in range(9)])
+    for step in steps(last=20):
+        measurement.push(step)
+    (note,) = Report([measurement]).layers[0].notes
+    assert note == "the window of 5 iterations from 100 was not reached, nor were 6 others"
 
 
 def test_one_html_file_without_network(report, tmp_path):

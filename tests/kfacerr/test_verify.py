@@ -11,11 +11,12 @@ from kfacerr.cli import main
 from kfacerr.exceptions import InputError
 from kfacerr.lowrank import LowRank
 from kfacerr.processes import Brand
-from kfacerr.propositions import Identity, Inequality, Psd
+from kfacerr.propositions import Inequality
 from kfacerr.recorder import RecordingWriter
 from kfacerr.recording import Recording
 from kfacerr.stream import Step
-from kfacerr.verify import findings, verify_layer
+from kfacerr.verdict import STATEMENTS
+from kfacerr.verify import verify_layer
 from tests.strategies import stream
 
 SHAPES = {"fc": (30, 12, 3), "wide": (400, 6, 8)}
@@ -81,6 +82,9 @@ def test_every_claim_holds_and_is_there(recording, name):
         report = verify_layer(opened.layer(name))
     assert report.holds, [f for f in report.findings if not f.holds]
     assert {finding.claim for finding in report.findings} == set(EVERY)
+    assert sorted(EVERY) == sorted(claim for statement in STATEMENTS for claim in statement.claims), (
+        "each is in words"
+    )
     assert all(finding.instances >= 2 and finding.where for finding in report.findings)
     assert all("iterations 0-" in line and "all 12 updates" in line for line in report.coverage)
 
@@ -105,25 +109,6 @@ def test_the_whole_stream_is_seen_well_enough_to_be_worth_it(layer):
     for claim in ("spectral", "Frobenius", "nuclear"):
         assert 0 <= found[f"whole stream: {claim}, from below"].slack < 0.7
     assert found["whole stream: trace by Hutchinson"].slack < 1
-
-
-def test_findings_keep_the_tightest_instance_and_every_failure():
-    claims = [
-        ("a", Inequality("x", 1.0, 2.0, 1.0, "one")),
-        ("b", Inequality("x", 1.0, 1.5, 1.0, "two")),
-        ("c", Inequality("x", 9.0, 1.0, 4.0, "three")),
-        ("d", Identity("y", 1.0, 1.0, 1.0)),
-        ("e", Psd("z", np.eye(2), 1.0, "four")),
-        ("f", Inequality("w", float("nan"), 1.0, 1.0)),
-        ("g", Inequality("0 <= 0", 0.0, 1e-16, 1.0)),
-        ("h", Inequality("0 <= 0", 1.0, 4.0, 1.0)),
-    ]
-    x, y, z, w, nothing = findings(claims)
-    assert (x.instances, x.failures, x.slack, x.where, x.holds) == (3, 1, -8.0, "c: three", False)
-    assert nothing.slack == 0.75 and nothing.where == "h" and nothing.instances == 2, "rounding is not tight"
-    assert y.holds and y.slack == 0 and y.where == "d"
-    assert z.holds and z.slack == 1 and z.where == "e: four"
-    assert not w.holds, "NaN holds nothing"
 
 
 # ------------------------------------------------------------------------------------------ what is broken
@@ -195,10 +180,12 @@ def test_a_false_claim_fails_at_the_command_line(recording, monkeypatch, capsys)
         return [Inequality(c.name, c.small, 0.1 * c.large, c.scale, c.where, c.unit) for c in honest(t, j)]
 
     monkeypatch.setattr(propositions, "brand_term_bound", halved)
-    assert main(["verify", str(recording), "--layer", "fc", "--rank", "1"]) == 1
+    assert main(["verify", str(recording), "--layer", "fc", "--rank", "1", "-v"]) == 1
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if line.startswith("| (18)")]
     assert "NO" in line and "stretch from" in line
+    (line,) = [line for line in out.splitlines() if line.startswith("FAILS")]
+    assert "Prop. 4.2" in line and "worst: (18), " in line and "stretch from" in line
     assert "1 claims fail" in out
 
 
@@ -210,8 +197,16 @@ def test_all_layers_are_verified_by_default(recording, capsys):
     out = capsys.readouterr().out
     for name in SHAPES:
         assert f"layer {name}\n" in out
-    assert "every claim holds" in out and "| yes" in out and "NO" not in out
+    assert "every claim holds" in out and "FAILS" not in out and "|" not in out, "no table unless asked for"
+    assert out.count("holds  ") == len(SHAPES) * len(STATEMENTS)
     assert "all claims, densely and exactly, on iterations 0-10 (2 updates)" in out
+    assert max(map(len, out.splitlines())) <= 115
+
+
+def test_details_are_a_row_a_claim(recording, capsys):
+    assert main(["verify", str(recording), "--layer", "fc", "--stretches", "1", "--length", "2", "-v"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("| yes") == len(EVERY)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_pre_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from kfacerr.algorithms import Algorithm
 from kfacerr.exceptions import InputError
 from kfacerr.metrics import METRICS
 from kfacerr.process import Settings
 from kfacerr.recording import Recording
+from kfacerr.report import report_recording
 from kfacerr.stream import Step, Window
 from kfacerr.study import ErrorStudy
 from kfacerr.torch import KFAC, ColumnHooks
@@ -110,6 +111,28 @@ def test_any_optimizer_will_do(optimizer):
     assert len(values(w.report())) == 3 * 4 * 4
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_backward_within_the_step_is_of_that_step(parts):
+    """As in Lightning, which runs the last micro-batch's in the optimizer's closure."""
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with watch(model, "2", **QUICK) as w:
+        for x, y in batches():
+            optimizer.zero_grad()
+            pieces = list(zip(x.chunk(parts), y.chunk(parts), strict=True))
+
+            def backward(piece):
+                loss = nn.functional.cross_entropy(model(piece[0]), piece[1]) / parts
+                loss.backward()
+                return loss
+
+            for piece in pieces[:-1]:
+                backward(piece)
+            optimizer.step(lambda last=pieces[-1], backward=backward: backward(last))
+    assert w.k == 12
+    assert_close(values(w.report()), hooked(make()), rel=1e-3)
+
+
 def test_kfac_is_an_optimizer_too():
     model = make()
     with watch(model, "2", **QUICK) as w:
@@ -158,6 +181,36 @@ def test_the_windows_by_default_grow_rarer_and_are_measured_at_updates():
     assert sorted(set(report.table.k)) == list(range(20, 40, 2))
     assert [tuple(window)[:2] for window in report.layers[0].windows] == [(20, 20)]
     assert "not reached" not in report.summary()
+
+
+def test_the_recording_has_the_windows_that_were_reached(tmp_path):
+    model, path = make(), tmp_path / "run.h5"
+    with watch(model, "2", algorithms=["B-KFAC"], rank=3, every=2, record=path) as w:
+        train(model, batches(60))
+    with Recording(path) as recording:
+        assert recording.layer("2").windows == [Window(20, 20)]
+        assert (
+            report_recording(recording, rank=3, algorithms=["B-KFAC"]).layers[0].windows
+            == w.report().layers[0].windows
+        )
+
+
+def test_windows_may_be_windows():
+    tables = []
+    for windows in (Window(4, 4), [Window(4, 4)], [(4, 4)]):
+        model = make()
+        with watch(model, "2", **{**QUICK, "windows": windows}) as w:
+            train(model)
+        tables.append(values(w.report()))
+    assert tables[0] == tables[1] == tables[2] and tables[0]
+
+
+def test_what_it_is_when_shown():
+    model = make()
+    with watch(model, ["0", "2"], **QUICK) as w:
+        assert repr(w) == "<kfacerr Watch of '0', '2': 0 steps; nothing measured yet>"
+        train(model)
+    assert repr(w) == "<kfacerr Watch of '0', '2': 12 steps; see .report()>"
 
 
 def test_it_records_what_it_saw_and_advises_from_it(tmp_path):
@@ -225,7 +278,7 @@ def test_an_exception_in_the_block_keeps_what_was_measured(tmp_path):
     assert sorted(set(w.report().table.k)) == [4, 5, 6]
     with Recording(path) as recording:
         assert len(recording.layer("2")) == 5
-    assert not _global_optimizer_pre_hooks, "nothing stays behind"
+    assert not _global_optimizer_post_hooks, "nothing stays behind"
 
 
 def test_bad_columns_end_the_watch_of_a_layer_and_not_the_training(caplog):
@@ -290,6 +343,8 @@ def test_a_gradient_of_the_columns_is_that_of_the_weight(tmp_path):
         ({"continuation": "max"}, "continuation 'max'"),
         ({"windows": [(0, 5), (3, 4)]}, "windows overlap"),
         ({"windows": [(0, 0)]}, "window"),
+        ({"windows": [7]}, "windows must be .* pairs of whole numbers"),
+        ({"windows": [(1.5, 3)]}, "windows must be .* pairs of whole numbers"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_block(keywords, message):
