@@ -229,7 +229,8 @@ def _partial(M: np.ndarray, audit: FactorAudit) -> Examined:
     bottom = top - lambda_max(M)
     w = low.D.astype(np.float64)
     audit = _spectral(audit, w, trace, top, bottom)
-    told = f"d > {EXACT_UP_TO}: {low.m} leading modes by an RSVD, in {M.nbytes / 2**30:.1f} GiB; bounds in place of errors"
+    size_of = f"{M.nbytes / 2**30:.1f} GiB"
+    told = f"d > {EXACT_UP_TO}: {low.m} leading modes by an RSVD in {size_of}, and bounds in place of errors"
     audit = replace(audit, findings=(*audit.findings, told))
     if audit.lam + min(bottom, 0.0) > 0:
         absolute = trace + 2 * audit.d * max(0.0, -bottom)

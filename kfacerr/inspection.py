@@ -41,8 +41,8 @@ MEANING = {
     "cond.": "condition of M + lam I",
     "asym.": "asymmetry ||M - M^T|| / ||M|| as stored",
     "beyond": "the share of the trace beyond the r leading eigenvalues",
-    "none, min, trace": "(1) relative error of the damped inverse truncated to r, by continuation of its "
-    "spectrum: nothing, the smallest mode kept, or the trace left over; in brackets what the certificate knows of it",
+    "none, min, trace": "(1) relative error of the damped inverse truncated to r, its spectrum continued by "
+    "nothing, the smallest mode kept, or the trace left over; in brackets what the certificate knows of it",
     "float32, bfloat16": "(1) of the inverse from an EVD in float32, and of one of the factor in bfloat16",
     "(3), (4)": "norm and angle error of the layer's step, on a gradient drawn from K-FAC's model, on yours",
 }
@@ -57,7 +57,7 @@ def inspect(
 ) -> "Inspection":
     """Audits the K-factors in a file, a folder, a state dict, or one as an array.
 
-    >>> kfacerr.inspect({"fc": {"A": np.diag([3.0, 1.0]), "G": np.eye(2)}}).table[["layer", "side", "stable_rank"]]
+    >>> inspect({"fc": {"A": np.diag([3.0, 1.0]), "G": np.eye(2)}}).table[["layer", "side", "stable_rank"]]
       layer side  stable_rank
     0    fc    A     1.333333
     1    fc    G     2.000000
@@ -78,7 +78,7 @@ def inspect(
     if rank is not None and rank < 1:
         raise InputError(f"rank must be at least 1, got {rank}")
     tree, name = _tree(source)
-    layers = _by_layer(find_factors(tree, name), tree, name)
+    layers = _by_layer(find_factors(tree, name or "factor"), tree, name)
     given = {} if gradients is None else dict(stored_leaves(_tree(gradients)[0]))
     unknown = sorted(set(given) - set(layers))
     if unknown:
@@ -98,7 +98,7 @@ def _tree(source: Any) -> tuple[Any, str]:
 def _by_layer(factors: list[StoredFactor], tree: Any, name: str) -> dict[str, list[StoredFactor]]:
     layers: dict[str, list[StoredFactor]] = {}
     for factor in factors:
-        layers.setdefault(factor.layer or "factor", []).append(factor)
+        layers.setdefault(factor.layer, []).append(factor)
     if not layers:
         arrays = [f"{leaf} {array.dtype} {array.shape}" for leaf, array in stored_leaves(tree)]
         there = ", ".join(arrays[:4]) + (f" and {len(arrays) - 4} more" if len(arrays) > 4 else "")

@@ -229,6 +229,7 @@ def spectrum_figure(
             )
             ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
             ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            ax.minorticks_off()
         if len(spectra) <= 12:
             figure.axes[-1].legend(fontsize=7, frameon=False)
         if title:

@@ -4,13 +4,14 @@ The kind of a file is told by its first bytes: safetensors, HDF5, NumPy's .npy a
 Arrays are read one at a time, when they are asked for.
 
 Nothing in a file is executed. `torch.load` runs with weights_only, and classes that it does not know become
-`_Inert` objects, which do nothing; NumPy's pickles stay unread. Links, in HDF5 or among the files of a folder, are refused,
-and sizes are held against the file's own before anything is read.
+`_Inert` objects, which do nothing; NumPy's pickles stay unread. Links, in HDF5 or among the files of a folder, are
+refused, and sizes are held against the file's own before anything is read.
 """
 
 import functools
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -220,31 +221,32 @@ _SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "b
 def _hdf5(path: Path) -> dict[str, Any]:
     import h5py
 
-    tree: dict[str, Any] = {}
-
-    def visit(name: str, link: Any) -> None:
-        if not isinstance(link, h5py.HardLink):
-            raise InputError(f"{path}: {name} is a soft or external link, which is not followed: copy the data in")
-        held = file[name]
-        if not isinstance(held, h5py.Dataset) or held.dtype.kind not in "fiu":
-            return
-        if held.external or held.is_virtual:
-            raise InputError(f"{path}: {name} is stored elsewhere, which is not followed: copy the data in")
-        check_claim(held.size * held.dtype.itemsize, path, f"{path}: {name}")
-        *groups, last = name.split("/")
-        node = tree
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[last] = StoredArray(held.shape, held.dtype.name, _later(path, functools.partial(read, name)))
-
     def read(name: str) -> np.ndarray:
         with h5py.File(path, "r") as again:
             return again[name][()]
 
+    tree: dict[str, Any] = {}
+    links: dict[str, Any] = {}
     with h5py.File(path, "r") as file:
         if file.attrs.get("format") in (FORMAT, FORMAT.encode()):
             raise InputError(f"{path}: is a recording of columns, not of factors: see kfacerr report {path}")
-        file.visititems_links(visit)
+        file.visititems_links(links.__setitem__)  # each once, none followed
+        for name, link in links.items():
+            if not isinstance(link, h5py.HardLink):
+                raise InputError(
+                    f"{path}: {name} is a soft or external link, which is not followed: copy the data in"
+                )
+            held = file[name]
+            if not isinstance(held, h5py.Dataset) or held.dtype.kind not in "fiu":
+                continue
+            if held.external or held.is_virtual:
+                raise InputError(f"{path}: {name} is stored elsewhere, which is not followed: copy the data in")
+            check_claim(held.size * held.dtype.itemsize, path, f"{path}: {name}")
+            *groups, last = name.split("/")
+            node = tree
+            for group in groups:
+                node = node.setdefault(group, {})
+            node[last] = StoredArray(held.shape, held.dtype.name, _later(path, functools.partial(read, name)))
     return tree
 
 
@@ -295,7 +297,8 @@ def _torch(path: Path) -> Any:
         raise InputError(f"{path}: needs PyTorch (pip install 'kfacerr[torch]')") from None
     zipped = zipfile.is_zipfile(path)
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
+    with warnings.catch_warnings(), torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
+        warnings.simplefilter("ignore")  # of protocols that it does not expect, and then refuses
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     tree = stored(held)
     for name, array in stored_leaves(tree):
@@ -311,9 +314,9 @@ def _is_npz(path: Path) -> bool:
 _READERS: list[tuple[Callable[[Path, bytes], bool], Callable[[Path], Any]]] = [
     (lambda path, head: head.startswith(b"\x93NUMPY"), _npy),
     (lambda path, head: head.startswith(b"PK\x03\x04") and _is_npz(path), _npz),
+    (lambda path, head: head[6:9] == b"\0\0{" or path.suffix == ".safetensors", _safetensors),
     (lambda path, head: head.startswith((b"PK\x03\x04", b"\x80")), _torch),
     (lambda path, head: _is_hdf5(path), _hdf5),
-    (lambda path, head: head[8:9] == b"{", _safetensors),
 ]
 
 
