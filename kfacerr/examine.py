@@ -10,12 +10,14 @@ some of d (r + 20).
 certificate then is about |M| = (M^2)^(1/2) >= 0, of which both the truncated EVD and the RSVD of M are
 underestimates: M Q Q^T M <= M^2, and the square root is operator monotone. Its trace is at most tr M + 2 d e. At
 lam > e the inverse of |M| + lam I is never larger than that of M + lam I, and differs from it on an eigenvalue -s
-only, by 2 s/(lam + s) of the latter's 1/(lam - s): the bound on metric (1) grows by 2 e/lam.
+only, by 2 s/(lam + s) of the latter's 1/(lam - s): the bound on metric (1) grows by 2 e/lam, for powers p <= 1 no
+less, as 1 - x^p <= 1 - x for x in [0, 1].
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +26,6 @@ from .certificate import Certificate
 from .exceptions import InputError
 from .inverse import (
     CONTINUATIONS,
-    DampedInverse,
     Inverse,
     continuation_level,
     damped_inverse,
@@ -72,6 +73,7 @@ class FactorAudit:
         rank_99: leading modes that hold 99% of the trace.
         above: eigenvalues above the damping; of a large factor, of those that were computed.
         phi: damping ratio.
+        power: p, of the (M + lam I)^-p that errors are of.
         lam: damping, phi lambda_max.
         condition: of M + lam I.
         rank: r.
@@ -89,6 +91,7 @@ class FactorAudit:
     dtype: str
     phi: float
     rank: int
+    power: float = 1.0
     count: float = NAN
     trace: float = NAN
     stable_rank: float = NAN
@@ -128,19 +131,20 @@ class Examined:
     inverses: Mapping[str, Inverse] = field(default_factory=dict)
 
 
-def examine(factor: StoredFactor, *, rank: int, phi: float) -> Examined:
+def examine(factor: StoredFactor, *, rank: int, phi: float, power: float = 1.0) -> Examined:
     """Reads a factor and says what it is like.
 
     Args:
         factor: where it is.
         rank: r, of truncations.
         phi: damping ratio; lam = phi lambda_max.
+        power: p in (0, 1], to measure errors of (M + lam I)^-p.
 
     Returns:
         What was found. A factor that is not finite, zero or not positive is a finding, no error.
     """
     d, dtype = factor.array.shape[0], factor.array.dtype
-    audit = FactorAudit(factor.layer, factor.side, d, dtype, phi, min(rank, d))
+    audit = FactorAudit(factor.layer, factor.side, d, dtype, phi, min(rank, d), power)
     M = factor.array.read()
     wide = d <= EXACT_UP_TO or dtype == "float64"
     M = np.array(M, dtype=np.float64 if wide else np.float32, order="C")
@@ -204,11 +208,12 @@ def _exact(M: np.ndarray, audit: FactorAudit) -> Examined:
         return Examined(audit, w)
     low = LowRank(V, without_null(w, EPS["float64"], len(w)))
     lam, trace = np.asarray(audit.lam), np.asarray(audit.trace)
-    reference, _ = exact_inverse(M, lam=lam)
+    options: dict[str, Any] = {"lam": lam, "power": audit.power}
+    reference, _ = exact_inverse(M, **options)
     cut = low.truncate(audit.rank)
-    inverses = {name: damped_inverse(cut, lam=lam, continuation=name, trace=trace) for name in CONTINUATIONS}
+    inverses = {name: damped_inverse(cut, **options, continuation=name, trace=trace) for name in CONTINUATIONS}
     errors = {name: inverse_error(inverse, reference) for name, inverse in inverses.items()}
-    precision = {name: _precision(M, name, lam, reference) for name in PRECISIONS}
+    precision = {name: _precision(M, name, options, reference) for name in PRECISIONS}
     told = [
         f"an EVD in {name} " + (f"is off by {error:.2g} in the inverse" if error < math.inf else "fails")
         for name, error in precision.items()
@@ -282,19 +287,19 @@ def _bounds(audit: FactorAudit, cut: LowRank, size: np.ndarray, absolute: float)
     result = {}
     for name in CONTINUATIONS:
         tau = continuation_level(cut, name, np.asarray(audit.trace, dtype=cut.D.dtype))
-        bound = certificate.relative_inverse_bound(cut, lam, None if name == "none" else tau)
+        bound = certificate.relative_inverse_bound(cut, lam, None if name == "none" else tau, audit.power)
         result[name] = float(bound) + negative
     return result
 
 
-def _precision(M: np.ndarray, name: str, lam: np.ndarray, reference: Inverse) -> float:
-    """Metric (1) of (V diag(w) V^T + lam I)^-1 with the EVD of M, or of M in bfloat16, in float32."""
+def _precision(M: np.ndarray, name: str, options: Mapping[str, Any], reference: Inverse) -> float:
+    """Metric (1) of (V diag(w) V^T + lam I)^-p with the EVD of M, or of M in bfloat16, in float32."""
     try:
         low = evd(_rounded(M.astype(np.float32), name))
     except failures():
         return math.inf
     wide = LowRank(low.U.astype(np.float64), low.D.astype(np.float64))
-    return inverse_error(DampedInverse(wide, lam, np.zeros_like(lam)), reference)
+    return inverse_error(damped_inverse(wide, **options, continuation="none"), reference)
 
 
 def _rounded(M: np.ndarray, name: str) -> np.ndarray:

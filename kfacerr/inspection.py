@@ -41,6 +41,7 @@ MEANING = {
     "cond.": "condition of M + lam I",
     "asym.": "asymmetry ||M - M^T|| / ||M|| as stored",
     "beyond": "the share of the trace beyond the r leading eigenvalues",
+    "p": "of the (M + lam I)^-p that errors are of: 1 for K-FAC, 1/(2 k) for Shampoo with k factors a tensor",
     "none, min, trace": "(1) relative error of the damped inverse truncated to r, its spectrum continued by "
     "nothing, the smallest mode kept, or the trace left over; in brackets what the certificate knows of it",
     "float32, bfloat16": "(1) of the inverse from an EVD in float32, and of one of the factor in bfloat16",
@@ -144,9 +145,10 @@ class Inspection:
             for layer, factors in layers.items():
                 dimensions = [factor.array.shape[0] for factor in factors]
                 r = default_rank(min(dimensions), max(dimensions)) if rank is None else rank
+                power = _power(factors)
                 examined = {}
                 for factor in factors:
-                    examined[factor.side] = examine(factor, rank=r, phi=phi)
+                    examined[factor.side] = examine(factor, rank=r, phi=phi, power=power)
                     bar.update()
                 self.factors += [one.audit for one in examined.values()]
                 self._spectra[layer] = {side: one.spectrum for side, one in examined.items()}
@@ -207,10 +209,12 @@ class Inspection:
 
     def inverses(self) -> "pd.DataFrame":
         """A row a factor: errors of its cheap inverses, bounds in brackets; cells are text."""
+        powers = any(audit.power != 1 for audit in self.factors)
         return _frame(
             {
                 "layer": audit.layer,
                 "side": audit.side,
+                **({"p": f"{audit.power:g}"} if powers else {}),
                 "r": audit.rank,
                 "beyond": "" if math.isnan(audit.beyond) else f"{audit.beyond:.1%}",
                 **{name: _bounded(audit.errors.get(name), audit.bounds.get(name)) for name in CONTINUATIONS},
@@ -312,6 +316,11 @@ class Inspection:
             reading="0 is rounding.",
             cost=f"time: {self.seconds:.1f} s",
         )
+
+
+def _power(factors: list[StoredFactor]) -> float:
+    """p of the (M + lam I)^-p that the factors are for: 1 in K-FAC, 1/(2 k) in Shampoo with k factors a tensor."""
+    return 1.0 if factors[0].side in ("A", "G", "") else 1 / (2 * len(factors))
 
 
 def _steps(examined: Mapping[str, Examined], given: Any) -> list[tuple[str, str, float, float]]:

@@ -64,12 +64,18 @@ def test_the_bounds_hold(M, r, phi):
     assert all(audit.errors[name] <= audit.bounds[name] + 1e-12 for name in CONTINUATIONS)
 
 
-@given(generators, st.sampled_from([0.5, 0.1]), st.sampled_from([1e-2, 1e-5]), st.integers(1, 9))
-def test_the_bounds_hold_where_the_factor_is_not_psd(rng, phi, below, r):
+@given(
+    generators,
+    st.sampled_from([0.5, 0.1]),
+    st.sampled_from([5e-2, 1e-5]),
+    st.integers(1, 9),
+    st.sampled_from([1.0, 0.25]),
+)
+def test_the_bounds_hold_where_the_factor_is_not_psd(rng, phi, below, r, power):
     Q = orthogonal(rng, 10)
     w = np.append(np.exp(-np.arange(7.0)), -below * np.array([0.2, 0.7, 1.0]))
     M = (Q * w) @ Q.T
-    audit = examine(stored((M + M.T) / 2), rank=r, phi=phi).audit
+    audit = examine(stored((M + M.T) / 2), rank=r, phi=phi, power=power).audit
     assert audit.negative == 3 and any("not p.s.d." in told for told in audit.findings)
     assert all(audit.errors[name] <= audit.bounds[name] + 1e-12 for name in CONTINUATIONS)
 

@@ -70,6 +70,18 @@ def test_a_figure_of_one_layer_or_of_all(audit):
         audit.plot("fc")
 
 
+def test_factors_of_shampoo_are_measured_at_its_power():
+    L, R = LAYERS[FIRST]["G"], LAYERS[FIRST]["A"]
+    audit = kfacerr.inspect({"w": {"L": L, "R": R}, "b": {"pre_cond_0": L}}, rank=4)
+    assert audit.table.power.tolist() == [0.25, 0.25, 0.5] and "\nw        L       0.25" in str(audit)
+    w = np.linalg.eigvalsh(R)
+    exact = (w + 0.1 * w[-1]) ** -0.25
+    cheap = np.where(np.arange(16) < 12, 0.1 * w[-1], w + 0.1 * w[-1]) ** -0.25
+    error = np.linalg.norm(cheap - exact) / np.linalg.norm(exact)
+    assert audit.table.error_none[1] == pytest.approx(error)
+    assert (audit.table.error_none <= audit.table.bound_none).all() and set(audit.steps.layer) == {"w"}
+
+
 def test_one_array_is_inspected():
     audit = kfacerr.inspect(np.diag([4.0, 2.0, 1.0]))
     assert audit.table.loc[0, ["layer", "side", "d"]].tolist() == ["factor", "", 3]
