@@ -19,6 +19,7 @@ from .stream import Array
 __all__ = [
     "add_to_diagonal",
     "check_columns",
+    "check_power",
     "cholesky_inverse",
     "device_array",
     "eigh_descending",
@@ -117,6 +118,12 @@ def check_columns(X: Array, d: int | None = None, what: str = "columns") -> None
         raise InputError(f"{what}: float32 or float64 is needed, got {X.dtype}")
     if d is not None and X.shape[0] != d:
         raise InputError(f"{what}: {d} rows are needed, got shape {tuple(X.shape)}")
+
+
+def check_power(power: float) -> None:
+    """Refuses a power p of (M + lam I)^-p that is not in (0, 1]."""
+    if not 0 < power <= 1:
+        raise InputError(f"power must lie in (0, 1], got {power}")
 
 
 def is_finite(X: Array) -> bool:

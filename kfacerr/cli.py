@@ -1,4 +1,4 @@
-"""The command line: `kfacerr replay`, `report`, `advise`, `verify` and `info`.
+"""The command line: `kfacerr replay`, `report`, `advise`, `verify`, `inspect` and `info`.
 
 pandas, matplotlib and h5py are imported by the commands that need them: `kfacerr --help` is to answer at once.
 """
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="kfacerr", description="How wrong is a cheap K-FAC inverse?")
     parser.add_argument("--version", action="version", version=f"kfacerr {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_replay, _add_report, _add_advise, _add_verify, _add_info):
+    for add in (_add_replay, _add_report, _add_advise, _add_verify, _add_inspect, _add_info):
         add(commands)
     # What overflows is found where it matters, in the results, and said once.
     with np.errstate(all="ignore"):
@@ -97,6 +97,55 @@ def _window(window: dict[str, int | None]) -> str:
     first = window["first_recorded"]
     late = "" if first in (None, window["start"]) else f" from {first} on"
     return f"{window['start']}+{window['length']} (epoch {window['epoch']}{missing}{late})"
+
+
+# ------------------------------------------------------------------------------------------------- inspect
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser("inspect", help="audit K-factors that other libraries saved")
+    parser.set_defaults(command=_inspect)
+    add = parser.add_argument
+    add(
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="a file or folder of factors (kronfluence, bergson, torch.save, ...)",
+    )
+    add(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="truncation rank r (default: an eighth of the smaller dimension, 4 to 220)",
+    )
+    add("--phi", type=float, default=0.1, help="damping ratio")
+    add("--gradients", type=Path, metavar="FILE", help="a gradient (d_G, d_A) by layer, to measure steps on")
+    add("--out", type=Path, metavar="CSV", help="the table of factors")
+    add("--html", type=Path, metavar="FILE", help="the audit as one page")
+    add("--plot", type=Path, metavar="FILE", help="a figure of the spectra (pdf, png, svg)")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from .inspection import inspect
+
+    written = {"--out": arguments.out, "--html": arguments.html, "--plot": arguments.plot}
+    written = {option: path for option, path in written.items() if path is not None}
+    if arguments.plot is not None:
+        from .plot import check_format
+
+        check_format(arguments.plot)
+    check_outputs(written, {"what is inspected": arguments.path})
+    check_at_least(rank=(arguments.rank, 1))
+    found = inspect(arguments.path, rank=arguments.rank, phi=arguments.phi, gradients=arguments.gradients)
+    if arguments.out is not None:
+        found.to_csv(arguments.out)
+    if arguments.html is not None:
+        found.to_html(arguments.html)
+    if arguments.plot is not None:
+        from .plot import save
+
+        save(found.plot(), arguments.plot)
+    print(found)
 
 
 # -------------------------------------------------------------------------------------------------- verify

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import filelock
     import pandas as pd
 
-__all__ = ["check_outputs", "lock", "write_atomically", "write_csv", "write_text"]
+__all__ = ["check_claim", "check_outputs", "lock", "write_atomically", "write_csv", "write_text"]
 
 
 def write_atomically(path: Path, writer: Callable[[Path], object]) -> None:
@@ -78,6 +78,22 @@ def lock(path: Path) -> "filelock.BaseFileLock":
     except OSError as error:
         raise InputError(f"{path}: cannot be locked: {error.strerror or error}") from error
     return held
+
+
+def check_claim(claimed: int, path: str | os.PathLike[str], where: str) -> None:
+    """Refuses to read more than a file can hold; what compresses an array gives at most 1000 to 1.
+
+    Args:
+        claimed: bytes that what is to be read takes.
+        path: the file.
+        where: the file and the place in it.
+
+    Raises:
+        InputError: it claims too much; begins with `where`.
+    """
+    held = os.path.getsize(path)
+    if claimed > max(1000 * held, 1 << 20):
+        raise InputError(f"{where}: claims {claimed:,} bytes in a file of {held:,}: truncated or damaged")
 
 
 def check_outputs(written: Mapping[str, Path], others: Mapping[str, Path]) -> None:

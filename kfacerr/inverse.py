@@ -3,6 +3,7 @@
 Damping: lam = phi * lambda_max of the method's own representation, taken before continuation (§6, footnote 23).
 Continuation: the d - m eigenvalues a representation misses are replaced by one level tau, so that
 (M~ + lam I)^-1 = U diag(1/(D + lam) - 1/(lam + tau)) U^T + 1/(lam + tau) I.
+Shampoo's powers -1/2 and -1/4 of M + lam I have the same form, with these powers of D + lam and lam + tau.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,18 @@ from typing import Protocol
 import array_api_compat as compat
 import numpy as np
 
-from .array import add_to_diagonal, cholesky_inverse, device_array, eps, failures, namespace, norm, to_dtype
+from .array import (
+    add_to_diagonal,
+    check_power,
+    cholesky_inverse,
+    device_array,
+    eigh_descending,
+    eps,
+    failures,
+    namespace,
+    norm,
+    to_dtype,
+)
 from .exceptions import InputError
 from .lowrank import LowRank
 from .rsvd import evd
@@ -51,7 +63,7 @@ class Inverse(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class DampedInverse:
-    """(M~ + lam I)^-1 with M~ = `lowrank` continued at level tau. lam and tau are 0-d arrays.
+    """(M~ + lam I)^-p with M~ = `lowrank` continued at level tau and p = `power`. lam and tau are 0-d arrays.
 
     It is U diag(weights) U^T + shift I. Where modes are missing the shift is their eigenvalue 1/(lam + tau). Where
     all d are present it is 0 and the weights are 1/(D + lam): 1/lam, added and taken off again, would cost
@@ -61,6 +73,7 @@ class DampedInverse:
     lowrank: LowRank
     lam: Array
     tau: Array
+    power: float = 1.0
 
     @cached_property
     def _complete(self) -> Array:
@@ -70,16 +83,23 @@ class DampedInverse:
     @cached_property
     def shift(self) -> Array:
         """0-d array."""
-        return namespace(self.lam).where(self._complete, 0 * self.lam, 1 / (self.lam + self.tau))
+        level = self.lam + self.tau
+        shift = 1 / level if self.power == 1 else level**-self.power
+        return namespace(self.lam).where(self._complete, 0 * self.lam, shift)
 
     @cached_property
     def weights(self) -> Array:
         """(m,) without cancellation; 0 on modes that are absent (D = 0), whose columns of U may be zero."""
         D = self.lowrank.D
         xp = namespace(D)
-        # One quotient after the other: the product of the denominators, a square, may leave the range.
-        h = (self.tau - D) / (D + self.lam) / (self.lam + self.tau)
-        return xp.where(D > 0, xp.where(self._complete, 1 / (D + self.lam), h), xp.zeros_like(h))
+        if self.power == 1:
+            # One quotient after the other: the product of the denominators, a square, may leave the range.
+            whole, h = 1 / (D + self.lam), (self.tau - D) / (D + self.lam) / (self.lam + self.tau)
+        else:
+            level = self.lam + self.tau
+            whole = (D + self.lam) ** -self.power
+            h = level**-self.power * xp.expm1(-self.power * xp.log1p((D - self.tau) / level))
+        return xp.where(D > 0, xp.where(self._complete, whole, h), xp.zeros_like(h))
 
     def apply(self, X: Array) -> Array:
         """Algorithm 8 l.5 and l.7: O(d m n). With m = d one dense product, half of that once it is formed."""
@@ -197,8 +217,9 @@ def damped_inverse(
     continuation: str = "min",
     trace: Array | None = None,
     level: Array | None = None,
+    power: float = 1.0,
 ) -> DampedInverse | DenseInverse:
-    """The damped, continued inverse of a representation.
+    """The damped, continued inverse of a representation, or a power of it.
 
     Args:
         X: the representation, at least one mode.
@@ -207,12 +228,13 @@ def damped_inverse(
         continuation: "none", "min" (the paper's), "trace", or "escaped": (M~ + level I + lam I)^-1, as in Sketchy.
         trace: trace of the EA factor, for "trace".
         level: escaped mass, for "escaped".
+        power: p in (0, 1] of (M~ + lam I)^-p; Shampoo's are 1/2 and 1/4.
 
     Returns:
         The inverse (d, d), as an operator; dense where X has all d modes as a matrix.
 
     Raises:
-        InputError: phi not positive, or neither or both of phi and lam given.
+        InputError: phi not positive, neither or both of phi and lam given, or a power out of range.
     """
     if (phi is None) == (lam is None):
         raise InputError("give one of phi and lam")
@@ -220,31 +242,37 @@ def damped_inverse(
         raise InputError("the representation has no modes: no columns came in yet")
     if phi is not None:
         check_phi(phi)
-    if isinstance(X, Exact) and continuation != ESCAPED:  # nothing to continue
+    check_power(power)
+    if isinstance(X, Exact) and continuation != ESCAPED and power == 1:  # nothing to continue
         return X.inverse(phi=phi, lam=lam)[0]
     if lam is None:
         lam = phi * X.lambda_max
     if continuation == ESCAPED:
         if level is None:
             raise InputError("continuation 'escaped' needs an escaped mass, which only FD keeps")
-        return DampedInverse(X, lam + level, _none(X, trace))
-    return DampedInverse(X, lam, continuation_level(X, continuation, trace))
+        return DampedInverse(X, lam + level, _none(X, trace), power)
+    return DampedInverse(X, lam, continuation_level(X, continuation, trace), power)
 
 
-def exact_inverse(M: Array, *, phi: float | None = None, lam: Array | None = None) -> tuple[DenseInverse, Array]:
-    """The reference: (M + lam I)^-1 by Cholesky with lam = phi * lambda_max(M), and lam. No EVD is needed.
+def exact_inverse(
+    M: Array, *, phi: float | None = None, lam: Array | None = None, power: float = 1.0
+) -> tuple[DenseInverse, Array]:
+    """The reference: (M + lam I)^-p with lam = phi * lambda_max(M), and lam; by Cholesky, by an EVD where p < 1.
 
     Args:
         M: (d, d), symmetric p.s.d.
         phi: damping ratio.
         lam: a damping given instead.
+        power: p in (0, 1].
 
     Returns:
         The inverse, and lam as a 0-d array.
 
     Raises:
-        InputError: M is zero (nothing to damp by), not finite, or phi is not positive.
+        InputError: M is zero (nothing to damp by), not finite, M + lam I is not positive, phi is not positive or
+            the power out of range.
     """
+    check_power(power)
     if lam is None:
         if phi is None:
             raise InputError("give one of phi and lam")
@@ -253,6 +281,11 @@ def exact_inverse(M: Array, *, phi: float | None = None, lam: Array | None = Non
         if not top > 0:
             raise InputError("the EA factor is zero, so phi * lambda_max damps nothing")
         lam = device_array(phi * top, M)
+    if power != 1:
+        w, V = eigh_descending(M, "EA factor")
+        if not bool(w[-1] + lam > 0):
+            raise InputError("matrix is not positive definite: the damping is too small")
+        return DenseInverse((V * ((w + lam) ** -power)[None, :]) @ V.T), lam
     damped = namespace(M).asarray(M, copy=True)
     add_to_diagonal(damped, lam)
     return DenseInverse(cholesky_inverse(damped, overwrite=True)), lam

@@ -4,7 +4,7 @@ No global matplotlib state is touched. The same table gives the same file, byte 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "error_figure",
     "frontier_figure",
     "save",
+    "spectrum_figure",
     "style",
 ]
 
@@ -197,6 +198,60 @@ def _panel(ax: Any, curves: pd.DataFrame, styles: dict[str, tuple[str, Any]], bl
     ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
     ax.tick_params(which="both", labelsize=7)
     ax.margins(x=0)
+
+
+FLOOR = 1e-10
+"""Of a spectrum's panel, over lambda_max: below is rounding."""
+
+
+def spectrum_figure(
+    spectra: Mapping[str, Mapping[str, np.ndarray]], phi: float, *, title: str = "", dark: bool = False
+) -> Figure:
+    """Eigenvalues over the largest one, and the damping: a panel a side, a curve a layer.
+
+    Args:
+        spectra: by layer and side, descending; empty where there is none.
+        phi: damping ratio, drawn as a line.
+        title: one line above the figure.
+        dark: for a dark background.
+
+    Returns:
+        The figure; `save` writes it.
+    """
+    sides = list(dict.fromkeys(side for layer in spectra.values() for side in layer))
+    colours = mpl.colormaps["viridis"](np.linspace(0.2 if dark else 0.0, 1.0 if dark else 0.8, len(spectra)))
+    with mpl.rc_context(_DARK if dark else {}):
+        figure = Figure(figsize=(4.5 * len(sides), 3.2), layout="constrained")
+        for ax, side in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides, strict=True):
+            for colour, (layer, held) in zip(colours, spectra.items(), strict=True):
+                w = held.get(side, np.empty(0))
+                if w.size and w[0] > 0:
+                    level = np.where(w > FLOOR * w[0], w / w[0], np.nan)
+                    ax.plot(
+                        np.arange(1, len(w) + 1),
+                        level,
+                        color=colour,
+                        linewidth=1.2,
+                        label=layer,
+                        marker=".",
+                        markersize=2,
+                    )
+            ax.axhline(phi, color="#D55E00", linewidth=0.8, linestyle="--", label=f"damping, phi = {phi:g}")
+            ax.set(
+                xscale="log",
+                yscale="log",
+                xlabel="i",
+                ylabel=r"$\lambda_i / \lambda_1$",
+                title=f"side {side}".strip(),
+            )
+            ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            ax.minorticks_off()
+        if len(spectra) <= 12:
+            figure.axes[-1].legend(fontsize=7, frameon=False)
+        if title:
+            figure.suptitle(title, fontsize=9)
+    return figure
 
 
 _UNDATED: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".png": {}, ".svg": {"Date": None}}

@@ -32,6 +32,7 @@ import h5py
 import numpy as np
 
 from .exceptions import InputError
+from .files import check_claim
 from .stream import Step, Window
 
 __all__ = ["FORMAT", "VERSIONS", "LayerRecording", "Recording"]
@@ -300,10 +301,7 @@ def check_own(group: Any, where: str) -> None:
 
 
 def _check_claim(dataset: Any, elements: int, where: str) -> None:
-    """Refuses to read more than the file can hold; HDF5's own compression gives at most 1000 to 1."""
-    claimed, held = elements * dataset.dtype.itemsize, os.path.getsize(dataset.file.filename)
-    if claimed > max(1000 * held, 1 << 20):
-        raise InputError(f"{where}: claims {claimed:,} bytes in a file of {held:,}: truncated or damaged")
+    check_claim(elements * dataset.dtype.itemsize, dataset.file.filename, where)
 
 
 def _columns_of(group: Any, where: str) -> tuple[Any, Any]:

@@ -4,8 +4,7 @@
 stands beside an error where theory allows one (`kfacerr.certificate`): it needs no exact inverse.
 """
 
-import base64
-import io
+import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from .exceptions import InputError
 from .factor import KFactor
 from .files import write_atomically, write_text
 from .metrics import METRICS, ROUNDING
+from .page import page, themed
 from .process import Settings
 from .replay import replay
 from .rsvd import rsvd
@@ -37,8 +37,6 @@ __all__ = ["FactorFacts", "LayerFacts", "Measurement", "Report", "report_recordi
 EXACT_UP_TO = 4096
 """Factors of up to so many rows get all their eigenvalues; of larger ones the leading r + 10 by an RSVD."""
 
-_THEMES = ("light", "dark")
-
 MEANING = {
     "inverse_A": "(1) relative error of the inverse of A",
     "inverse_G": "(2) relative error of the inverse of G",
@@ -48,6 +46,8 @@ MEANING = {
 
 
 CERTAIN = "certified: what an algorithm knows of (1) and (2) right after an update, without the exact inverse"
+
+READING = "Each cell is the mean over the measured iterations, smallest to largest in brackets; 0 is rounding."
 
 
 @dataclass(frozen=True)
@@ -344,27 +344,24 @@ class Report:
         return self._page(whole=False)
 
     def _page(self, *, whole: bool) -> str:
-        import jinja2
-
-        loader = jinja2.PackageLoader("kfacerr", "templates")
-        environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
         layers = [
             {
                 "name": layer.name,
                 "about": _about(layer),
                 "notes": layer.notes,
                 "errors": self.errors(layer.name).reset_index().to_html(index=False, border=0, escape=True),
-                "figure": {theme: _inline(self.plot(layer.name, dark=theme == "dark")) for theme in _THEMES},
+                "figure": themed(functools.partial(self.plot, layer.name)),
+                "alt": f"The four errors of layer {layer.name} over the iterations of each window",
             }
             for layer in self.layers
         ]
-        return environment.get_template("report.html").render(
+        return page(
             whole=whole,
             title=self.title,
             facts=self.facts().to_html(index=False, border=0),
             layers=layers,
             meaning=MEANING,
-            certain=CERTAIN,
+            reading=f"{READING} {CERTAIN.capitalize()}.",
             cost=self._cost(),
         )
 
@@ -442,10 +439,3 @@ def _number(value: float) -> str:
     if not abs(value) < float("inf"):
         return ""
     return "0" if abs(value) < ROUNDING else f"{value:.2g}"
-
-
-def _inline(figure: "Figure") -> str:
-    """A figure as a data URI."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
