@@ -414,7 +414,7 @@ _PRESETS = (
     Preset(**_DIGITS, window_epochs=(8, 15), schedule_epochs=24),
     # Epochs of 312 iterations: windows at 2500 and 4680, the paper's at 2925 and 5850.
     Preset(**_SMALL, batch_size=32, window_epochs=(8, 15), schedule_epochs=25),
-    # The paper's FC layer 0 and all that surrounds it, behind convolutions that a CPU can train, on as many images.
+    # The paper's FC layer 0 and all around it, behind convolutions that a CPU can train, on as many images.
     Preset(
         **{**_PAPER, "name": "paper-layer", "n_train": 20_000},
         conv_width=1 / 8,
