@@ -32,7 +32,7 @@ from .stream import Array
 
 __all__ = ["Sketch", "StreamingNystrom"]
 
-FRESH = 1 / 16
+FRESH = 1 / 32
 """The share of fresh columns at a re-basing."""
 
 UPDATES = 5
