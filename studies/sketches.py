@@ -2,15 +2,15 @@
 
     python -m studies.sketches RECORDING ... [--flat 0.4 0.8] [--rank 29] [--draws 3] [--dtypes float64] --out DIR
 
-B-KFAC at ranks r, r/2 and 2 r is met by the N-KFAC of the most columns that is within its applied rank, its carried
-columns, its memory and its flops (`Process.cost`, both factors, an update with its estimate). Beside them: periods
-of re-basing and shares of fresh columns at equal rank. Randomised algorithms run several times, with other draws.
-`--flat 0.4` makes a recording of random columns, 40% of whose trace is spread evenly over all directions, while the
-leading ones turn.
+B-KFAC at ranks r, r/2 and 2 r is met by the N-KFAC of the most columns that is within its applied rank, its
+carried columns, its memory and its flops (`Process.cost`, both factors, an update with its estimate). Beside them:
+periods of re-basing and shares of fresh columns at equal rank. Randomised algorithms run several times, with other
+draws. `--flat 0.4` makes a recording of random columns, 40% of whose trace is spread evenly over all directions,
+while the leading ones turn.
 
 Errors are means over the windows. (1) and (2) change at updates only; (3) and (4) are measured there and at one
-plain iteration between two, and weighed by how many there are. DIR gets errors.csv (a row a recording, dtype, draw,
-window, algorithm and continuation), sketches.md, sketches.pdf and .png, and environment.json.
+plain iteration between two, and weighed by how many there are. DIR gets errors.csv (a row a recording, dtype,
+draw, window, algorithm and continuation), sketches.md, sketches.pdf and .png, and environment.json.
 """
 
 import argparse
