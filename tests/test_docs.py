@@ -8,6 +8,8 @@ import pytest
 
 from figures.tables import epochs_to
 from kfacerr.metrics import METRICS
+from studies.layer_costs import Setting, markdown
+from studies.layer_costs import table as layer_costs
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python\n" in page.read_text(encoding="utf-8"))
@@ -100,3 +102,9 @@ def test_the_table_of_widths_is_that_of_the_spectra():
             values.append((theta, len(w) * w[r] / w.sum(), w[r] / w[0], (w > 0.1 * w[0]).sum()))
         mean = pd.DataFrame(values).mean()
         assert row == f"{len(w)} | {mean[0]:.3f} | {mean[1]:.2f} | {mean[2]:.3f} | {mean[3]:.0f}", name
+
+
+def test_the_table_of_a_language_models_layers_is_computed():
+    computed = markdown(layer_costs(Setting()))
+    assert computed in (DOCS / "mathematics" / "streaming.md").read_text(encoding="utf-8")
+    assert computed in (DOCS.parent / "figures" / "n-kfac" / "layers.md").read_text(encoding="utf-8")
