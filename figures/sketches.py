@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from figures.render import save_both
 from figures.tables import read_table
@@ -115,12 +116,12 @@ def _panel(ax: Any, shown: pd.DataFrame, x: str, metric: str) -> None:
         own = shown[shown.algorithm.str.split().str[0] == base]
         for kind, filled in (("trace", True), ("min", False)):
             points = own[own.continuation == kind].sort_values(x)
-            joined = "-" if filled else ":"
+            joined = ("-" if filled else ":") if base in ("B-KFAC", "N-KFAC") else "none"
             ax.loglog(
                 points[x] / 1e6 if x == "flops" else points[x] * 4 / 2**20,
                 points[metric],
-                joined if base in ("B-KFAC", "N-KFAC") else "",
                 color=colour,
+                linestyle=joined,
                 marker=marker,
                 markersize=4,
                 markerfacecolor=colour if filled else "none",
@@ -128,5 +129,9 @@ def _panel(ax: Any, shown: pd.DataFrame, x: str, metric: str) -> None:
                 label=base if filled else None,
             )
     ax.set_xlabel("Mflop an update" if x == "flops" else "MiB (float32)", fontsize=7)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     ax.tick_params(labelsize=6.5)
-    ax.grid(True, which="both", linewidth=0.3, alpha=0.5)
+    ax.grid(True, linewidth=0.3, alpha=0.5)
