@@ -89,7 +89,7 @@ def _listed(errors: pd.DataFrame) -> str:
     shown = errors.assign(memory=errors.memory * 4 / 2**20, flops=errors.flops / 1e6, spread=100 * errors.spread)
     names = {"rank": "applied", "memory": "MiB", "flops": "Mflop", "spread": "spread (%)"}
     names |= {metric: f"({i})" for i, metric in enumerate(METRICS, 1)}
-    columns = ["algorithm", "continuation", *SPENT, *METRICS, "spread"]
+    columns = ["continuation", "algorithm", *SPENT, *METRICS, "spread"]
     return shown[columns].rename(columns=names).to_markdown(index=False, floatfmt=".3g")
 
 
