@@ -65,7 +65,18 @@ def window_settings(run: Path) -> dict[int, dict[str, Any]]:
     return {window["epoch"]: window for window in study_config(run).get("windows", ())}
 
 
-_TEXT = ("algorithm", "metric", "factor", "optimizer", "driver", "part")
+_TEXT = (
+    "algorithm",
+    "metric",
+    "factor",
+    "optimizer",
+    "driver",
+    "part",
+    "recording",
+    "dtype",
+    "role",
+    "continuation",
+)
 
 
 def read_table(path: Path, columns: tuple[str, ...], *, rows: bool = True) -> pd.DataFrame:

@@ -97,14 +97,14 @@ DEFAULT_BUDGET = Budget(4.0)
 
 
 def candidates(layer: Layer, rank: int) -> list[Algorithm]:
-    """What is worth a look on a layer: each base, R-KFAC also at the rank r + n that Brand's are applied at.
+    """What is worth a look on a layer: each base, R- and W-KFAC at the rank r + n that Brand's are applied at.
 
     Args:
         layer: its sizes.
         rank: r.
 
     Returns:
-        Those with a rank below the larger dimension.
+        Those with a rank, or twice a sketch's columns, below the larger dimension.
     """
     names = [f"K-FAC T_inv={T}" for T in (10, 50, 250)]
     low = [f"R-KFAC T_inv={T} rank={r}" for T in (10, 50, 250) for r in (rank, rank + layer.n)]
@@ -112,9 +112,11 @@ def candidates(layer: Layer, rank: int) -> list[Algorithm]:
         f"{base} rank={r}" for base in ("B-KFAC", "B-R-KFAC T_rsvd=50") for r in (rank // 2 or 1, rank, 2 * rank)
     ]
     low += [f"B-KFAC-C T_corct=50 rank={rank}"]
+    low += [f"W-KFAC T_inv={T} rank={rank + layer.n}" for T in (10, 50)]
+    low += [f"N-KFAC s={s}" for s in dict.fromkeys((rank, 2 * rank, rank + layer.n))]
     names += [f"{name}{kind}" for name in low for kind in ("", " continuation=trace")]
     wide = max(layer.d_A, layer.d_G)
-    return [a for a in map(Algorithm.parse, names) if a.get("rank", 0) < wide]
+    return [a for a in map(Algorithm.parse, names) if a.get("rank", 2 * a.get("s", 0)) < wide]
 
 
 # ------------------------------------------------------------------------------------------------------ cost
@@ -170,7 +172,7 @@ def _followed(algorithm: Algorithm, settings: Settings, side: str, d: int, layer
     small = algorithm.process(settings, side).cost(size, layer.n)
     plain, heavy = _timed(algorithm, settings, side, size, layer.n)
     plain *= cost.update / small.update
-    heavy *= cost.heavy / small.heavy if small.heavy else 1.0
+    heavy *= cost.heavy / small.heavy if small.heavy else 0.0
     return cost, 1e3 * (plain / layer.every + heavy / max(cost.period, layer.every))
 
 
@@ -194,6 +196,7 @@ def _timed(algorithm: Algorithm, settings: Settings, side: str, d: int, n: int) 
 def _seconds(factor: KFactor, k: int, X: np.ndarray) -> float:
     started = time.perf_counter()
     factor.push(k, X)
+    factor.inverse("it", phi=0.1)  # some decompose only when it is asked for
     return time.perf_counter() - started
 
 

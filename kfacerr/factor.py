@@ -122,6 +122,7 @@ class KFactor:
         *,
         active: Collection[str] | None = None,
         gram: Array | None = None,
+        total: Mapping[str, Array] | None = None,
         finite: bool = False,
     ) -> None:
         """Iteration k of (8) and of the processes, with columns X (d, n).
@@ -133,6 +134,7 @@ class KFactor:
             X: its columns.
             active: the processes that take part; all by default.
             gram: X X^T in the factor's unit, to be absorbed in place of X's own (several processes' sum).
+            total: what a process that `adds` takes in place of X's own share (several processes' sum).
             finite: the caller has seen that X is finite.
 
         Raises:
@@ -153,7 +155,10 @@ class KFactor:
 
         attempt(lambda process, x, average: process.begin(k, average))
         self.absorb(X, gram=gram)
-        attempt(lambda process, x, average: process.update(k, x, average))
+        if total is None:
+            attempt(lambda process, x, average: process.update(k, x, average))
+        else:
+            attempt(lambda process, x, average: process.take(k, total))
         for name, failure in failed.items():
             reason = " ".join(str(failure).split())
             raise InputError(f"{self.side}: {name}: {reason}") from failure

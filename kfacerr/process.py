@@ -10,6 +10,7 @@ and reads `process.estimate`. A process of your own is a subclass of `Process`; 
 after the first `update`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -42,7 +43,7 @@ class Settings:
         T_rsvd: iterations between overwritings by an RSVD.
         T_corct: iterations between corrections.
         s: columns of N-KFAC's sketch; 0 for twice the rank.
-        T_base: iterations between re-basings of that sketch; 0 for never.
+        T_base: iterations between re-basings of that sketch; 0 for never, None for one in 5 updates.
         accumulate: Brand updates take the batches that T_brand skips, too, instead of dropping them.
         continuation: of the spectrum, see `kfacerr.inverse`.
         seed: of the random draws; every algorithm has a stream of its own, so that adding one changes no other.
@@ -62,7 +63,7 @@ class Settings:
     T_rsvd: int = 50
     T_corct: int = 50
     s: int = 0
-    T_base: int = 50
+    T_base: int | None = None
     accumulate: bool = False
     continuation: str = "min"
     seed: int = 0
@@ -70,6 +71,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
+            if value is None and name == "T_base":
+                continue
             if not is_number(value) or value % 1 or not least <= value < float("inf"):
                 raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
             object.__setattr__(self, name, int(value))
@@ -184,12 +187,14 @@ class Process:
     Attributes:
         needs_factor: whether `begin` and `update` read the dense factor; if not, they may be given None.
         needs_columns: whether they read columns or M_{k-1}; if not, M_k is all they need.
+        adds: whether an update takes columns through sums over them alone, `share` and `take`.
         memoryless: whether the heaviest update depends on M_k alone, so that all before it may be left out.
         schedules: the settings that are periods of its updates.
     """
 
     needs_factor: ClassVar[bool] = True
     needs_columns: ClassVar[bool] = True
+    adds: ClassVar[bool] = False
     memoryless: ClassVar[bool] = False
     schedules: ClassVar[tuple[str, ...]] = ()
 
@@ -203,7 +208,7 @@ class Process:
     ) -> None:
         self.settings = replace(settings or Settings(), **given)
         self.fixed = frozenset(fixed)
-        self.clocks = {name: Clock(getattr(self.settings, name)) for name in self.schedules}
+        self.clocks = {name: Clock(getattr(self.settings, name) or 0) for name in self.schedules}
         self.rng = rng if rng is not None else np.random.default_rng(self.settings.seed)
         self._held: Estimate | None = None
         self._certificate: Certificate | str = "this process derives none"
@@ -215,7 +220,7 @@ class Process:
         free = {name: value for name, value in settings.items() if name not in self.fixed}
         self.settings = replace(self.settings, **free)
         for name, clock in self.clocks.items():
-            clock.reschedule(getattr(self.settings, name))
+            clock.reschedule(getattr(self.settings, name) or 0)
 
     def cost(self, d: int, n: int) -> Cost:
         """What it costs to follow a factor (d, d) with n columns an update."""
@@ -238,6 +243,14 @@ class Process:
     def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
         """Called with X_k (d, n) and M_k."""
         raise NotImplementedError(f"{type(self).__name__} is a process without `update`")
+
+    def share(self, k: int, X: Array) -> dict[str, Array]:
+        """What the update of iteration k takes of columns X (d, n). Only where it `adds`; `take` follows."""
+        raise NotImplementedError(f"{type(self).__name__} adds, but is a process without `share`")
+
+    def take(self, k: int, total: Mapping[str, Array]) -> None:
+        """`update`, with the sum of all columns' shares in place of X_k. Only where it `adds`."""
+        raise NotImplementedError(f"{type(self).__name__} adds, but is a process without `take`")
 
     def refresh(self, k: int, factor: EAFactor) -> None:
         """The heaviest update from M_k alone, at a step that brings no columns. Only where `memoryless`."""

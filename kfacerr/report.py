@@ -194,14 +194,9 @@ class Measurement:
         """Where an algorithm saves nothing, and windows that were not reached."""
         for measured in self.study.measured:
             algorithm = Algorithm.parse(measured.name)
-            full = [
-                s for s, f in factors.items() if algorithm.for_factor(self.settings, f.d, self._n) != algorithm
-            ]
-            if full:
-                yield (
-                    f"{measured.name}: r + n >= d for {' and '.join(full)}, where it saves nothing; "
-                    "KFAC uses R-KFAC there"
-                )
+            for side, f in factors.items():
+                if why := algorithm.no_room(self.settings, f.d, self._n):
+                    yield f"{measured.name}: {why} for {side}, where it saves nothing; KFAC uses R-KFAC there"
         if missed:
             others = f", nor were {len(missed) - 1} others" if len(missed) > 1 else ""
             yield f"the window of {missed[0].length} iterations from {missed[0].start} was not reached{others}"

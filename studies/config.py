@@ -130,7 +130,7 @@ _OTHERS = {
     "SGD": _Rates(0.1, 0.9, 5e-4),
     "AdamW": _Rates(1e-3, 0.9, 1e-2, per_batch=False),  # PyTorch's defaults, which users leave as they are
 }
-_FAMILY = ("K-FAC", "R-KFAC", "SRE-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C")
+_FAMILY = ("K-FAC", "R-KFAC", "SRE-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C", "N-KFAC", "W-KFAC")
 _FAMILY_RATES = _Rates(0.3, 0.0, 7e-4)
 
 TABLE_1 = tuple(name for name in SEVEN if name != "R-KFAC T_inv=300")

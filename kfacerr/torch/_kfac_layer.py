@@ -173,12 +173,10 @@ class KFACLayer(Layer):
         said = []
         for side, factor in self.factors.items():
             choice, (running,) = choice_of_side(self.policy, side), factor.processes
-            if isinstance(choice, str) and running != str(Algorithm.parse(choice)):
-                rank = Algorithm.parse(choice).get("rank", settings.rank)
-                said.append(
-                    f"layer {self.name!r}, factor {side}: r + n >= d ({rank} + {n} >= {self._infos[side].d}), "
-                    f"{running} in place of Brand's update"
-                )
+            if isinstance(choice, str) and (
+                why := Algorithm.parse(choice).no_room(settings, self._infos[side].d, n)
+            ):
+                said.append(f"layer {self.name!r}, factor {side}: {why}, {running} in place of {choice}")
         return said
 
     def _made(self, info: FactorInfo, settings: Settings) -> KFactor:
@@ -196,10 +194,10 @@ class KFACLayer(Layer):
             else:
                 factor.average.rho = hyper.settings.rho
 
-    def push(self, side: str, k: int, X: Tensor, *, gram: Tensor | None = None) -> None:
-        """Step k of (8) and of a side's process; warns where a decomposition fails, in float64 too."""
+    def push(self, side: str, k: int, X: Tensor, **sums: Any) -> None:
+        """Step k of (8) and of a side's process, `sums` for `KFactor.push`; warns where a decomposition fails."""
         try:
-            self.factors[side].push(k, X, gram=gram, finite=True)
+            self.factors[side].push(k, X, finite=True, **sums)
         except InputError as error:
             self._warn(side, k, error)
 

@@ -1,4 +1,4 @@
-"""The K-FAC family as one torch optimizer: Algorithms 1, 4, 5 and 7, and Algorithm 8 as a switch.
+"""The K-FAC family as one torch optimizer: Algorithms 1, 4, 5 and 7, N- and W-KFAC, and Algorithm 8 as a switch.
 
     optimizer = KFAC(model, "B-KFAC", lr=0.3, steps_per_epoch=len(loader))
     for x, y in loader:
@@ -65,8 +65,9 @@ class KFAC(LayerOptimizer):
     Args:
         model: the network.
         algorithm: a preset by the paper's name: "K-FAC", "R-KFAC", "SRE-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C".
-            The B- presets use theirs on the first fully connected layer and R-KFAC on all others (§3.5). A factor
-            with r + n >= d gets R-KFAC in its place.
+            The B- presets use theirs on the first fully connected layer and R-KFAC on all others (§3.5); "N-KFAC"
+            and "W-KFAC", which the paper did not have, are on all. A factor too small for its process gets R-KFAC
+            in its place: one with r + n >= d in place of B-, one with 2 s >= d in place of N-KFAC, s being 2 r.
         params: parameters or groups, as for any optimizer; the model's by default. Groups may have their own lr,
             momentum, weight_decay and clip (of a layer: its weight's).
         lr: learning rate, alpha.

@@ -197,7 +197,7 @@ def test_a_brand_factor_with_no_room_falls_back_to_rsvd_and_the_log_says_so_once
     train(net, optimizer, [vectors(k, b=5) for k in range(5)])
     factors = optimizer.layers["0"].factors
     assert [type(process_of(factors[side])).__name__ for side in "AG"] == ["Brand", "Rsvd"]
-    assert caplog.text.count("r + n >= d (25 + 5 >= 30), R-KFAC in place of Brand's update") == 1
+    assert caplog.text.count("r + n >= d (25 + 5 >= 30), R-KFAC in place of B-KFAC") == 1
     assert len(caplog.records) == 1
 
 
@@ -357,16 +357,17 @@ def test_a_dead_layer_gets_the_plain_gradient_and_no_nan(algorithm, caplog):
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["Algorithm 1", "Algorithm 8"])
-def test_brand_kfac_of_a_wide_layer_allocates_nothing_larger_than_its_weight(linear):
+@pytest.mark.parametrize(("algorithm", "process"), [("B-KFAC", "Brand"), ("N-KFAC", "StreamingNystrom")])
+def test_a_wide_layer_allocates_nothing_larger_than_its_weight(algorithm, process, linear):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16384, 48, bias=False), nn.Tanh(), nn.Linear(48, 10))
-    optimizer = KFAC(net, "B-KFAC", rank=8, T_updt=1, T_brand=1, linear_application=linear)
+    optimizer = KFAC(net, algorithm, rank=8, T_updt=1, T_brand=1, linear_application=linear)
     with New(1) as new:
-        for k in range(4):
+        for k in range(7):  # N-KFAC re-bases at the sixth update
             g = torch.Generator().manual_seed(k)
             batch = torch.randn(16, 16384, generator=g), torch.randint(10, (16,), generator=g)
             train(net, optimizer, [batch])
-    assert type(process_of(optimizer.layers["0"].factors["A"])).__name__ == "Brand"
+    assert type(process_of(optimizer.layers["0"].factors["A"])).__name__ == process
     assert new.largest <= (16384 * (8 + 2 * 16) if linear else 48 * 16384)  # of 16384^2 = 2.7e8 for one factor
     held = [v.numel() for key, v in snapshot(optimizer).items() if "/layers/0/" in key and isinstance(v, Tensor)]
     assert max(held) <= 16384 * (8 + 16)
