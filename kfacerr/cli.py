@@ -285,7 +285,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 
 def _partial(out: Path) -> Path:
     """Where rows are kept if something goes wrong."""
-    return out.with_name(out.name + ".partial")
+    return out.parent / f"{out.name}.partial"
 
 
 def _measure(
