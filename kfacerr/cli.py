@@ -13,7 +13,7 @@ import numpy as np
 
 from . import __version__
 from .algorithms import SEVEN
-from .command import Parser, check_at_least, run
+from .command import Parser, check_at_least, path, run
 from .exceptions import InputError
 from .files import check_outputs, write_csv
 from .inverse import CONTINUATIONS, ESCAPED, check_phi
@@ -48,7 +48,7 @@ def _add_command(
     """A sub-command that takes a recording."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary)
     parser.set_defaults(command=command)
-    parser.add_argument("recording", type=Path, metavar="REC", help="a K-factor recording (HDF5)")
+    parser.add_argument("recording", type=path, metavar="REC", help="a K-factor recording (HDF5)")
     return parser
 
 
@@ -157,7 +157,7 @@ def _add_report(commands: Any) -> None:
     _add_settings(add.add_argument, rank="an eighth of the smaller dimension, 4 to 220")
     add.add_argument("--layer", nargs="+", metavar="NAME", help="the layers (default: all that have windows)")
     add.add_argument("--algorithms", nargs="+", default=list(SEVEN), metavar="NAME", help=_NAMES)
-    add.add_argument("--out", required=True, type=Path, metavar="HTML", help="the report")
+    add.add_argument("--out", required=True, type=path, metavar="HTML", help="the report")
 
 
 def _report_page(arguments: argparse.Namespace) -> None:
@@ -181,8 +181,8 @@ def _add_advise(commands: Any) -> None:
     budget = "ms per iteration (20), or a multiple of what SGD spends on the layer (1.5x)"
     add.add_argument("--budget", help=f"{budget}; default: 4x")
     add.add_argument("--algorithms", nargs="+", metavar="NAME", help="candidates (default: a choice by the sizes)")
-    add.add_argument("--out", required=True, type=Path, metavar="CSV", help="the table of candidates")
-    add.add_argument("--plot", type=Path, metavar="FILE", help="a figure of the frontier (pdf, png, svg)")
+    add.add_argument("--out", required=True, type=path, metavar="CSV", help="the table of candidates")
+    add.add_argument("--plot", type=path, metavar="FILE", help="a figure of the frontier (pdf, png, svg)")
 
 
 def _advise(arguments: argparse.Namespace) -> None:
@@ -243,8 +243,8 @@ def _add_replay(commands: Any) -> None:
     add("--algorithms", nargs="+", default=list(SEVEN), metavar="NAME", help=_NAMES)
     add("--backend", choices=tuple(_BACKENDS), default="numpy", help="where to compute")
     add("--dtype", choices=("float64", "float32"), default="float64", help="to compute in")
-    add("--out", required=True, type=Path, metavar="CSV", help="the error table")
-    add("--plot", type=Path, metavar="FILE", help="a figure of the four metrics (pdf, png, svg)")
+    add("--out", required=True, type=path, metavar="CSV", help="the error table")
+    add("--plot", type=path, metavar="FILE", help="a figure of the four metrics (pdf, png, svg)")
 
 
 def _replay(arguments: argparse.Namespace) -> None:

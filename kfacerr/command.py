@@ -16,11 +16,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
+from .checks import path_of
 from .exceptions import InputError
 
-__all__ = ["Parser", "check_at_least", "run"]
+__all__ = ["Parser", "check_at_least", "path", "run"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -101,6 +103,14 @@ def check_at_least(**options: tuple[float | None, float]) -> None:
     for option, (value, least) in options.items():
         if value is not None and not value >= least:  # NaN is not either
             raise InputError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def path(text: str) -> Path:
+    """The type of an option that names a file or folder."""
+    try:
+        return path_of(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class _Stopped(KeyboardInterrupt):

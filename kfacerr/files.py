@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,16 @@ if TYPE_CHECKING:
     import filelock
     import pandas as pd
 
-__all__ = ["check_outputs", "check_regular", "lock", "write_atomically", "write_csv", "write_text"]
+__all__ = [
+    "check_folder",
+    "check_outputs",
+    "check_regular",
+    "clear",
+    "lock",
+    "write_atomically",
+    "write_csv",
+    "write_text",
+]
 
 
 def write_atomically(path: Path, writer: Callable[[Path], object]) -> None:
@@ -44,6 +54,13 @@ def write_atomically(path: Path, writer: Callable[[Path], object]) -> None:
         raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):  # if `path.parent` is no folder, that is being reported already
+            temporary.unlink(missing_ok=True)
+
+
+def clear(folder: Path) -> None:
+    """Removes what `write_atomically` left anywhere in a folder where its process was killed; nobody else may write."""
+    for temporary in folder.rglob(".*.tmp*"):
+        if re.fullmatch(r"\..*\.\d+\.tmp(\..*)?", temporary.name):
             temporary.unlink(missing_ok=True)
 
 
@@ -104,6 +121,28 @@ def check_outputs(written: Mapping[str, Path], others: Mapping[str, Path]) -> No
     for (what, path), (_, other) in itertools.combinations({**others, **written}.items(), 2):
         if _same(path, other):
             raise InputError(f"{other}: is {what}, another name is needed")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder of results that cannot be made or written in, or in which writing one file changes another.
+
+    Args:
+        folder: what is there already, or not yet.
+
+    Raises:
+        InputError: names what stands in the way.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise InputError(f"{folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: the folder {there} is not writable")
+    if folder.is_dir():
+        for link in filter(Path.is_symlink, folder.iterdir()):
+            if link.resolve().parent == folder.resolve():
+                raise InputError(
+                    f"{link}: is a link to {link.resolve().name} beside it: make it a file of its own"
+                )
 
 
 def _same(one: Path, other: Path) -> bool:

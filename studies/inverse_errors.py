@@ -146,12 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     own, monitor = arguments.trajectory == "own", arguments.monitor
-    if arguments.driver and own:
+    if arguments.driver is not None and own:
         raise InputError("--driver is for the shared trajectory: on its own each algorithm drives itself")
     if monitor and (own or arguments.record):
         raise InputError("--monitor goes with neither --record nor --trajectory own")
     preset = with_seeds(PRESETS[arguments.preset], arguments)
-    if arguments.driver:
+    if arguments.driver is not None:
         preset = dataclasses.replace(preset, driver=arguments.driver)
     family(preset.driver)
     dataset, stop = begin(arguments, preset, partial(_about, preset, arguments))

@@ -25,9 +25,10 @@ import joblib
 import torch
 from tqdm import tqdm
 
-from kfacerr.command import check_at_least
+from kfacerr.checks import whole
+from kfacerr.command import check_at_least, path
 from kfacerr.exceptions import InputError
-from kfacerr.files import lock, write_atomically, write_text
+from kfacerr.files import check_folder, clear, lock, write_atomically, write_text
 from studies.data import Dataset, load_dataset
 from studies.environment import environment, select_device
 
@@ -127,8 +128,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """What is trained on, where, and where the results go: the options of everything that trains."""
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="where CIFAR-10 is (default: the user's cache)")
+    parser.add_argument("--out", required=True, type=path, metavar="DIR", help="where the results go")
+    parser.add_argument("--data", type=path, metavar="DIR", help="where CIFAR-10 is (default: the user's cache)")
     parser.add_argument(
         "--accept-modified-data", action="store_true", help="take images that are not the official"
     )
@@ -173,6 +174,7 @@ def begin(
         time_limit=(arguments.time_limit, 0),
         step_limit=(arguments.step_limit, 0),
     )
+    whole(max(preset.seeds), "--seed", 0, 2**63 - 1)  # of torch's generators
     dataset = load_dataset(
         preset.dataset,
         arguments.data,
@@ -289,14 +291,16 @@ def threads_of_a_job(count: int | None) -> int:
 
 
 def alone(function: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
-    """A command line's function, while no other process works in the DIR of its --out.
+    """A command line's function, while no other process works in the DIR of its --out; what a killed one left goes.
 
     The lock stands beside DIR, which is not made before the options are checked.
     """
 
     def call(arguments: argparse.Namespace) -> int | None:
+        check_folder(arguments.out)
         held = lock(arguments.out.resolve())
         try:
+            clear(arguments.out)
             return function(arguments)
         finally:
             held.release()
