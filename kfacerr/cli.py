@@ -13,7 +13,7 @@ import numpy as np
 
 from . import __version__
 from .algorithms import SEVEN
-from .command import Parser, check_at_least, path, run
+from .command import Parser, check_at_least, path, run, say
 from .exceptions import InputError
 from .files import check_outputs, write_csv
 from .inverse import CONTINUATIONS, ESCAPED, check_phi
@@ -76,7 +76,7 @@ def _info(arguments: argparse.Namespace) -> int:
     if layers or not faults:
         print(_markdown(layers) if layers else "no layers")
     for fault in faults:
-        print(f"kfacerr: {fault}", file=sys.stderr)
+        say(f"kfacerr: {fault}")
     return 2 if faults else 0
 
 

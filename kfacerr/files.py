@@ -58,7 +58,7 @@ def write_atomically(path: Path, writer: Callable[[Path], object]) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Removes what `write_atomically` left anywhere in a folder where its process was killed; nobody else may write."""
+    """Removes what a killed process left of `write_atomically` in a folder that nobody else writes in."""
     for temporary in folder.rglob(".*.tmp*"):
         if re.fullmatch(r"\..*\.\d+\.tmp(\..*)?", temporary.name):
             temporary.unlink(missing_ok=True)

@@ -2,14 +2,19 @@
 
 A recording under way is called `<name>.partial`, is itself a readable recording, and takes its own name when it
 is closed cleanly. Every step is flushed as it comes (0.2 ms for a small layer), so a killed process loses at
-most the step being written. Chunks carry a checksum (Fletcher 32, a filter every HDF5 library has; it adds
-0.4 ms a MiB). They are not compressed: measured on post-ReLU columns, LZF saves 35-60% of A but takes 8 times as
-long to write, gzip 20 times, and LZF cannot be read without h5py.
+most the step being written. Where the disk is full, a step is refused before HDF5 begins to write it. Chunks carry
+a checksum (Fletcher 32, a filter every HDF5 library has; it adds 0.4 ms a MiB). They are not compressed: measured
+on post-ReLU columns, LZF saves 35-60% of A but takes 8 times as long to write, gzip 20 times, and LZF cannot be
+read without h5py.
 """
 
+import errno
 import logging
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -40,6 +45,9 @@ from .stream import Array, Step, Window, ordered
 __all__ = ["RecordingWriter"]
 
 log = logging.getLogger(__name__)
+
+ROOM = 2**17
+"""Bytes that a step may need on the disk beside its columns."""
 
 
 class RecordingWriter:
@@ -129,19 +137,20 @@ class RecordingWriter:
         if layer in self._last:
             self._check_same(layer, sizes | {"bias": bias, "dtype": storage}, n is None, rows)
             return
-        group = self._file["layers"].create_group(layer)
-        group.attrs["bias"] = np.bool_(bias)
-        group.attrs["batch_size"] = batch_size
-        group.attrs["update_every"] = update_every
-        group.create_dataset("windows", data=rows)
-        if n is None:
-            self._file.attrs["version"] = VERSIONS[-1]
-            _create_series(group, "n", np.int64)
-        for name, d in (("A", d_A), ("G", d_G)):
-            _create_columns(group, name, d, n, batch_size, storage)
-        _create_series(group, "update", np.uint8)
-        _create_series(group, "k", np.int64)
-        self._file.flush()
+        with self._writing(f"layer {layer!r}", rows.nbytes):
+            group = self._file["layers"].create_group(layer)
+            group.attrs["bias"] = np.bool_(bias)
+            group.attrs["batch_size"] = batch_size
+            group.attrs["update_every"] = update_every
+            group.create_dataset("windows", data=rows)
+            if n is None:
+                self._file.attrs["version"] = VERSIONS[-1]
+                _create_series(group, "n", np.int64)
+            for name, d in (("A", d_A), ("G", d_G)):
+                _create_columns(group, name, d, n, batch_size, storage)
+            _create_series(group, "update", np.uint8)
+            _create_series(group, "k", np.int64)
+            self._file.flush()
         self._last[layer] = -1
 
     def append(self, layer: str, step: Step) -> None:
@@ -175,21 +184,19 @@ class RecordingWriter:
             del group["phi"]  # left from steps that `truncate` dropped
         if "phi" in series and "phi" not in group:
             _create_series(group, "phi", np.float64)
-        try:
-            for name, value in arrays.items():
-                group[name].resize((count + 1, value.shape[0], max(n, group[name].shape[2])))
-                group[name][count, :, :n] = value
-            # k comes last: a step counts once its k is there.
-            for name, value in (series | {"k": step.k}).items():
-                group[name].resize(count + 1, axis=0)
-                group[name][count] = value
-            self._file.flush()
-        except (OSError, RuntimeError) as error:
-            _cut(group, count)
-            raise InputError(f"{self.partial}: {where} cannot be written: {first_line(error)}") from error
-        except BaseException:
-            _cut(group, count)
-            raise
+        with self._writing(where, sum(X.nbytes for X in arrays.values())):
+            try:
+                for name, value in arrays.items():
+                    group[name].resize((count + 1, value.shape[0], max(n, group[name].shape[2])))
+                    group[name][count, :, :n] = value
+                # k comes last: a step counts once its k is there.
+                for name, value in (series | {"k": step.k}).items():
+                    group[name].resize(count + 1, axis=0)
+                    group[name][count] = value
+                self._file.flush()
+            except BaseException:
+                _cut(group, count)
+                raise
         self._last[layer] = step.k
 
     def truncate(self, layer: str, k: int) -> int:
@@ -197,23 +204,39 @@ class RecordingWriter:
         group = self._group(layer)
         whole(k, f"layer {layer!r}: k")
         left = int(np.searchsorted(group["k"][:], k))
-        _cut(group, left)
-        self._file.flush()
+        with self._writing(f"layer {layer!r}", None):
+            _cut(group, left)
+            self._file.flush()
         self._last[layer] = int(group["k"][left - 1]) if left else -1
         return left
 
     def close(self) -> None:
         """Finishes the recording and gives it its name. May be called again."""
         if self._file:
-            self._file.close()
-            os.replace(self.partial, self.path)
-            self._lock.release()
+            self.suspend()
+            try:
+                os.replace(self.partial, self.path)
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def suspend(self) -> None:
         """Closes the file but leaves it `<path>.partial`, to be resumed."""
         if self._file:
-            self._file.close()
-            self._lock.release()
+            try:
+                with self._writing("its end", None):
+                    self._file.close()
+            finally:
+                self._lock.release()
+
+    @contextmanager
+    def _writing(self, what: str, size: int | None) -> Iterator[None]:
+        """Says what fails in one line; where the disk has no room for `size` bytes, nothing is begun."""
+        try:
+            if size is not None:
+                _reserve(self.partial, size + ROOM)
+            yield
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{self.partial}: {what} cannot be written: {first_line(error)}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -225,7 +248,10 @@ class RecordingWriter:
             self.close()
         elif self._file:
             kept = max((self.steps(layer) for layer in self.layers), default=0)
-            self.suspend()
+            try:
+                self.suspend()
+            except InputError as second:  # the first is what the user is to hear of
+                error.add_note(str(second))
             note = f"the recording so far ({kept} steps) is kept in {self.partial}"
             log.warning("interrupted by %s: %s", type(error).__name__, note)
             error.add_note(note)
@@ -241,12 +267,12 @@ class RecordingWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = h5py.File(self.partial, "w")
-        except OSError as error:
+            file.attrs["format"] = FORMAT
+            file.attrs["version"] = VERSIONS[0]
+            file.create_group("layers")
+            file.flush()
+        except (OSError, RuntimeError) as error:
             raise InputError(f"{self.partial}: cannot be created: {first_line(error)}") from error
-        file.attrs["format"] = FORMAT
-        file.attrs["version"] = VERSIONS[0]
-        file.create_group("layers")
-        file.flush()
         return file
 
     def _reopen(self) -> h5py.File:
@@ -309,6 +335,20 @@ def _create_columns(group: Any, name: str, d: int, n: int | None, batch_size: in
 def _create_series(group: Any, name: str, dtype: Any) -> None:
     # No checksum: these chunks are written again at every step, and a kill in between must not lose them all.
     group.create_dataset(name, shape=(0,), maxshape=(None,), chunks=(1024,), dtype=dtype)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Refuses where disk or quota have no room for so many bytes more: a failed write spoils an HDF5 file."""
+    if not hasattr(os, "posix_fallocate"):
+        if shutil.disk_usage(path).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            os.posix_fallocate(file.fileno(), end, size)
+        finally:
+            os.ftruncate(file.fileno(), end)
 
 
 def _int64(value: Any, what: str, least: int = 0) -> None:

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import math
 import signal
-import sys
 import threading
 import time
 import zipfile
@@ -26,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from kfacerr.checks import whole
-from kfacerr.command import check_at_least, path
+from kfacerr.command import check_at_least, path, say
 from kfacerr.exceptions import InputError
 from kfacerr.files import check_folder, clear, lock, write_atomically, write_text
 from studies.data import Dataset, load_dataset
@@ -256,7 +255,7 @@ def advance(run: Run, checkpoint: Path, stop: Callable[[], bool]) -> None:
             if bar.disable and now - said > PROGRESS_SECONDS:
                 said = now
                 left = run.seconds_left((now - started) / (run.position - first))
-                print(_progress(run, now - started, left), file=sys.stderr, flush=True)
+                say(_progress(run, now - started, left))
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save_checkpoint(checkpoint, run.state_dict())
                 saved = time.monotonic()
@@ -291,9 +290,10 @@ def threads_of_a_job(count: int | None) -> int:
 
 
 def alone(function: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
-    """A command line's function, while no other process works in the DIR of its --out; what a killed one left goes.
+    """A command line's function, while no other process works in the DIR of its --out.
 
-    The lock stands beside DIR, which is not made before the options are checked.
+    The lock stands beside DIR, which is not made before the options are checked. What a killed process left there
+    under a temporary name is removed.
     """
 
     def call(arguments: argparse.Namespace) -> int | None:
@@ -319,9 +319,9 @@ def verdict(program: str, outcomes: Sequence[Outcome], out: Path) -> int:
             raise InputError(f"{outcome.name}: {outcome.error}")
     reasons = {outcome.stopped for outcome in outcomes if outcome.stopped}
     if reasons:
-        print(f"{program}: stopped {', '.join(sorted(reasons))}; continue with --resume", file=sys.stderr)
+        say(f"{program}: stopped {', '.join(sorted(reasons))}; continue with --resume")
         return 130 if SIGNAL in reasons else 0
-    print(f"{program}: results are in {out}", file=sys.stderr)
+    say(f"{program}: results are in {out}")
     return 0
 
 

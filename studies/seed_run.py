@@ -1,6 +1,5 @@
 """One seed's training run with the errors measured along it, which can be stopped and resumed at any iteration."""
 
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from kfacerr.algorithms import SEVEN, Algorithm
 from kfacerr.array import map_arrays
+from kfacerr.command import say
 from kfacerr.ea import EAFactor
 from kfacerr.inverse import representation
 from kfacerr.process import Estimate, Process, Settings
@@ -252,12 +252,10 @@ class SeedRun:
         update, plain = update_seconds(sizes, speeds), window_seconds(sizes, speeds, 1, 0)
         window = window_seconds(sizes, speeds, preset.window_length, -(-preset.window_length // preset.T_updt))
         if window > MUCH:
-            print(
+            say(
                 f"{self.name}: factors of order {sizes.d_A} and {sizes.d_G}; products run at "
                 f"{speeds.gemm / 1e9:.0f} GFLOP/s here and a Cholesky inverse at {speeds.cholesky / 1e9:.0f}, so "
-                f"that a measured update takes about {update:.0f} s and a window {window / 60:.0f} min",
-                file=sys.stderr,
-                flush=True,
+                f"that a measured update takes about {update:.0f} s and a window {window / 60:.0f} min"
             )
         return Pace({(False, True): plain, (True, True): plain + update})
 

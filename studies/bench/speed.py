@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from kfacerr.command import Parser, check_at_least, path, run
+from kfacerr.command import Parser, check_at_least, path, run, say
 from kfacerr.exceptions import InputError
 from kfacerr.files import write_text
 from studies.bench import rounds, tasks
@@ -218,7 +218,7 @@ def _run(arguments: argparse.Namespace) -> None:
             _write(arguments, device, pd.concat(times, ignore_index=True), pd.concat(memory))
             del ways
             gc.collect()
-    print(f"speed: results are in {arguments.out}", file=sys.stderr)
+    say(f"speed: results are in {arguments.out}")
 
 
 def _ways(task: str, d: int, r: int, draw: Draw, arguments: argparse.Namespace) -> Ways:
