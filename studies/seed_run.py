@@ -27,10 +27,13 @@ from studies.training import Training
 if TYPE_CHECKING:
     from kfacerr.recorder import RecordingWriter
 
-__all__ = ["SUMMARY", "Job", "Mirror", "SeedRun", "finish_recording"]
+__all__ = ["RESULTS", "SUMMARY", "Job", "Mirror", "SeedRun", "finish_recording"]
 
 MUCH = 300  # seconds of a window, from which on its cost is said in advance
 EVALUATE_EPOCHS = 5  # epochs between looks at the test set
+RESULTS = ("seed", "own", "finished", "rows", "spectra", "log", "seconds")
+"""What a run's results hold."""
+
 SUMMARY = ("above_damping", "at_r", "at_r_plus_n", "tail")
 """What a monitored run keeps of a spectrum, see `SeedRun._summary`."""
 

@@ -118,7 +118,8 @@ def test_a_reader_who_has_enough_is_no_error():
 
 # -------------------------------------------------------------------------------------------------- streams
 
-EXAMPLE = "import sys; from kfacerr.command import Parser, run, say; parser = Parser(prog='example', description='§ 4.2'); "
+EXAMPLE = "import sys; from kfacerr.command import Parser, run, say; "
+EXAMPLE += "parser = Parser(prog='example', description='§ 4.2'); "
 FULL = b"example: the output: cannot be read or written: No space left on device\n"
 PRINTS = EXAMPLE + "sys.exit(run('example', parser, lambda _: print('§ — ρ'), sys.argv[1:]))"
 FAILS = EXAMPLE + "sys.exit(run('example', parser, lambda _: open('none/§.csv'), sys.argv[1:]))"
