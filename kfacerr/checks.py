@@ -83,14 +83,14 @@ def instance(value: Kind, what: str, *kinds: type) -> Kind:
     """What is of one of `kinds`; an InputError that names both for another."""
     if not isinstance(value, kinds):
         needed = " or ".join(kind.__name__ for kind in kinds)
-        raise InputError(f"{what} must be a {needed}, got {_shown(value)}")
+        raise InputError(f"{what} must be of type {needed}, got {_shown(value)}")
     return value
 
 
 def _shown(value: Any) -> str:
-    """A value in few words: an array by its type."""
+    """A value in few words: by its type, if it is long."""
     short = value is None or isinstance(value, str | int | float)
-    return repr(value) if short else f"a {type(value).__name__}"
+    return repr(value) if short else type(value).__name__
 
 
 def path_of(value: Any) -> Path:

@@ -105,8 +105,7 @@ def load_checkpoint(path: Path, holds: Collection[str] = ()) -> dict[str, Any]:
     """What `save_checkpoint` saved, with its tensors on the CPU. Executes nothing in the file.
 
     Raises:
-        InputError: there is no such file, or it is cut short, corrupt, or not a checkpoint of ours with all that it
-            is to hold.
+        InputError: there is none, or it is cut short, corrupt, or not one of ours with all that it is to hold.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
