@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .algorithms import Algorithm
+from .checks import choice, instance, names, positive
 from .exceptions import InputError
 from .factor import KFactor
 from .files import write_atomically
@@ -65,6 +66,9 @@ class Budget:
     amount: float
     relative: bool = True
 
+    def __post_init__(self) -> None:
+        positive(self.amount, "a budget")
+
     @classmethod
     def parse(cls, text: str) -> "Budget":
         """ "1.5x" is a multiple of SGD's cost of the layer, "20" or "20ms" are milliseconds.
@@ -78,9 +82,11 @@ class Budget:
         Raises:
             InputError: neither, or not positive.
         """
-        number, relative = text.strip().lower().removesuffix("ms"), text.strip().lower().endswith("x")
+        instance(text, "a budget", str)
+        given = text.strip().lower()
+        relative = given.endswith("x")
         try:
-            amount = float(number.removesuffix("x"))
+            amount = float(given.removesuffix("x") if relative else given.removesuffix("ms"))
         except ValueError:
             amount = float("nan")
         if not 0 < amount < float("inf"):
@@ -322,9 +328,13 @@ def advise_recording(
     """
     from tqdm import tqdm
 
+    choice(dtype, "dtype", ("float64", "float32"))
+    instance(DEFAULT_BUDGET if budget is None else budget, "budget", Budget)
     sizes = Layer(layer.d_A, layer.d_G, layer.n, layer.update_every)
-    chosen = [Algorithm.parse(name) for name in algorithms] if algorithms else candidates(sizes, rank)
     configured = Settings(rank=rank, **settings)
+    chosen = candidates(sizes, configured.rank)
+    if algorithms is not None:
+        chosen = [Algorithm.parse(name) for name in names(algorithms, "algorithms", str, Algorithm)]
     study = ErrorStudy(chosen, configured, layer.windows, phi=0.1 if phi is None else phi)
     steps = replay(
         layer,

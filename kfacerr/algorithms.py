@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .checks import choice, instance, names
 from .exceptions import InputError
 from .frequent_directions import FrequentDirections
 from .process import Process, Settings
@@ -88,6 +89,12 @@ class Algorithm:
     base: str
     own: tuple[tuple[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        choice(self.base, "the base", _BASES)
+        for name, _ in names(self.own, "its settings", tuple):
+            choice(name, f"{self.base}: the setting", (*_BASES[self.base].own, *_OF_ALL))
+        Settings(**dict(self.own))
+
     @classmethod
     def parse(cls, name: "str | Algorithm") -> "Algorithm":
         """The algorithm of a name; an algorithm stands for itself.
@@ -163,6 +170,8 @@ class Algorithm:
 
     def process(self, settings: Settings, side: str) -> Process:
         """A process for the factor of `side` ("A" or "G"); its own settings stay, whatever `configure` says."""
+        instance(settings, "settings", Settings)
+        choice(side, "side", ("A", "G"))
         base = _BASES[self.base]
         chosen = {**base.implied, **dict(self.own)}
         # The name itself seeds the draws, through its bytes: `hash` differs from run to run.

@@ -20,6 +20,7 @@ __all__ = [
     "add_to_diagonal",
     "check_columns",
     "check_power",
+    "check_square",
     "cholesky_inverse",
     "device_array",
     "eigh_descending",
@@ -46,9 +47,11 @@ def namespace(*arrays: Array) -> Any:
     """The arrays' common array namespace; refuses mixed backends, devices and dtypes."""
     try:
         xp = compat.array_namespace(*arrays)
-    except TypeError as error:
+    except TypeError:
+        xp = None
+    if xp is None or not all(map(compat.is_array_api_obj, arrays)):  # array_namespace takes numbers for neutral
         kinds = ", ".join(type(a).__module__.split(".")[0] + "." + type(a).__name__ for a in arrays)
-        raise InputError(f"arrays of one backend are needed, got {kinds}") from error
+        raise InputError(f"arrays of one backend are needed, got {kinds}")
     if len(arrays) > 1:
         dtypes = {str(a.dtype) for a in arrays}
         if len(dtypes) > 1:
@@ -126,6 +129,15 @@ def check_power(power: float) -> None:
         raise InputError(f"power must lie in (0, 1], got {power}")
 
 
+def check_square(M: Array, what: str) -> None:
+    """Refuses what is no real floating (d, d) matrix, d >= 1, or has NaN or Inf. Waits for the device."""
+    check_columns(M, what=what)
+    if M.shape[0] != M.shape[1] or M.shape[0] == 0:
+        raise InputError(f"{what}: a square matrix is needed, got shape {tuple(M.shape)}")
+    if not is_finite(M):
+        raise InputError(f"{what}: NaN or Inf (in the columns, or by overflow of {M.dtype})")
+
+
 def is_finite(X: Array) -> bool:
     """Whether X has neither NaN nor Inf. Waits for the device."""
     xp = compat.array_namespace(X)
@@ -196,8 +208,7 @@ def eigh_descending(K: Array, what: str = "matrix") -> tuple[Array, Array]:
         InputError: K has NaN or Inf entries (its columns had, or overflowed), or the EVD has.
     """
     xp = compat.array_namespace(K)
-    if not is_finite(K):
-        raise InputError(f"{what}: NaN or Inf (in the columns, or by overflow of {K.dtype})")
+    check_square(K, what)
     w, V = xp.linalg.eigh(K)
     if not (is_finite(w) and is_finite(V)):
         raise InputError(f"{what}: the EVD in {K.dtype} gave NaN or Inf")

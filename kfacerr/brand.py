@@ -26,6 +26,7 @@ import array_api_compat as compat
 import numpy as np
 
 from .array import check_columns, device_array, eigh_descending, eps, namespace, product_into, to_numpy
+from .checks import instance, positive
 from .exceptions import InputError
 from .lowrank import LowRank, null_level, without_null
 from .stream import Array
@@ -115,7 +116,8 @@ def symmetric_brand(
     Raises:
         InputError: shapes, dtypes or backends do not fit, or NaN or Inf in the columns.
     """
-    check_columns(A, None if X is None else X.d)
+    positive(decay, "the decay", or_zero=True)
+    check_columns(A, None if X is None else instance(X, "X", LowRank).d)
     if X is None or X.m == 0:
         return _once_more(*_evd_of_gram(A, None, A.T @ A))
     xp = namespace(X.basis, A)

@@ -13,9 +13,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from .array import check_columns, failures, is_finite, map_arrays, namespace, scaled, to_dtype
+from .checks import choice, instance, names, whole
 from .ea import EAFactor
 from .exceptions import InputError
-from .inverse import DampedInverse, DenseInverse, Exact, damped_inverse, exact_inverse
+from .inverse import DampedInverse, DenseInverse, Exact, check_continuation, damped_inverse, exact_inverse
 from .process import Estimate, Process
 from .stream import Array
 
@@ -49,7 +50,9 @@ class KFactor:
 
     def __init__(self, side: str, processes: Mapping[str, Process], rho: float, *, dense: bool = False) -> None:
         self.side = side
-        self.processes = dict(processes)
+        self.processes = dict(instance(processes, "processes", Mapping))
+        for name, process in self.processes.items():
+            instance(process, f"process {name!r}", Process)
         self.average = EAFactor(rho)
         self.unit: float | None = None
         self._dense = dense
@@ -141,8 +144,10 @@ class KFactor:
             InputError: X is refused by `admit`, and nothing is changed; or a decomposition failed, after all else
                 has been done.
         """
+        whole(k, "k")
         X = self.admit(X, finite=finite)
-        chosen = {name: p for name, p in self.processes.items() if active is None or name in active}
+        wanted = self.processes if active is None else names(active, "active")
+        chosen = {choice(name, "process", self.processes): self.processes[name] for name in wanted}
         before = {name: process.state_dict() for name, process in chosen.items()}
         failed: dict[str, Exception] = {}
 
@@ -204,7 +209,8 @@ class KFactor:
             InputError: it cannot be made, in float64 neither. It is not tried again before something changes:
                 until then the previous one is returned.
         """
-        estimate = self.processes[name].estimate
+        check_continuation(continuation)
+        estimate = self.processes[choice(name, "process", self.processes)].estimate
         if estimate is None or estimate.lowrank.m == 0:
             return None
         held = self._inverses.get((name, continuation))

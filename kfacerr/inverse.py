@@ -9,14 +9,16 @@ Shampoo's powers -1/2 and -1/4 of M + lam I have the same form, with these power
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import array_api_compat as compat
 import numpy as np
 
 from .array import (
     add_to_diagonal,
+    check_columns,
     check_power,
+    check_square,
     cholesky_inverse,
     device_array,
     eigh_descending,
@@ -26,6 +28,7 @@ from .array import (
     norm,
     to_dtype,
 )
+from .checks import choice, instance, positive
 from .exceptions import InputError
 from .lowrank import LowRank
 from .rsvd import evd
@@ -52,6 +55,11 @@ __all__ = [
 class Inverse(Protocol):
     """A damped inverse: something to apply to columns."""
 
+    @property
+    def d(self) -> int:
+        """Its order."""
+        ...
+
     def apply(self, X: Array) -> Array:
         """(d, n) -> (d, n)."""
         ...
@@ -74,6 +82,10 @@ class DampedInverse:
     lam: Array
     tau: Array
     power: float = 1.0
+
+    @property
+    def d(self) -> int:
+        return self.lowrank.d
 
     @cached_property
     def _complete(self) -> Array:
@@ -133,6 +145,10 @@ class DenseInverse:
 
     matrix: Array
 
+    @property
+    def d(self) -> int:
+        return self.matrix.shape[0]
+
     def apply(self, X: Array) -> Array:
         return self.matrix @ X
 
@@ -160,6 +176,7 @@ def _trace(X: LowRank, trace: Array | None) -> Array:
     """
     if trace is None:
         raise InputError("continuation 'trace' needs the trace of the EA factor")
+    trace = _scalar(trace, "the trace", X.D)
     xp = namespace(X.D)
     modes = X.modes
     missing = xp.maximum(X.d - modes, xp.ones_like(modes))
@@ -193,20 +210,40 @@ def continuation_level(X: LowRank, continuation: str, trace: Array | None = None
     Raises:
         InputError: unknown continuation, or no trace where one is needed.
     """
-    if continuation not in CONTINUATIONS:
-        raise InputError(f"continuation {continuation!r} is not one of {', '.join(CONTINUATIONS)}")
+    choice(continuation, "continuation", CONTINUATIONS)
     return CONTINUATIONS[continuation](X, trace)
 
 
 def check_continuation(continuation: str) -> None:
     """Refuses what is no continuation of `damped_inverse`."""
-    if continuation not in (*CONTINUATIONS, ESCAPED):
-        raise InputError(f"continuation {continuation!r} is not one of {', '.join((*CONTINUATIONS, ESCAPED))}")
+    choice(continuation, "continuation", (*CONTINUATIONS, ESCAPED))
 
 
 def check_phi(phi: float) -> None:
-    if not (phi > 0 and phi < float("inf")):
-        raise InputError(f"damping ratio phi must be positive and finite, got {phi}")
+    """Refuses what is no damping ratio."""
+    positive(phi, "damping ratio phi")
+
+
+def check_applies(inverse: Inverse, d: int | None = None, X: Array = None) -> None:
+    """Refuses what is no inverse, one of another order than d, or of another kind than the array X."""
+    if not (hasattr(inverse, "apply") and hasattr(inverse, "dense")):
+        raise InputError(f"an inverse, as of damped_inverse, is needed, got {type(inverse).__name__}")
+    if d is not None and inverse.d != d:
+        raise InputError(f"an inverse of order {d} is needed, got one of {inverse.d}")
+    if X is not None and isinstance(inverse, DampedInverse | DenseInverse):
+        namespace(X, inverse.lam if isinstance(inverse, DampedInverse) else inverse.matrix)
+
+
+def _scalar(value: Any, what: str, like: Array, *, or_zero: bool = True) -> Array:
+    """A positive number, or 0 where that is allowed, as a 0-d array beside `like`.
+
+    An array of torch or CuPy is not looked at: the host would have to wait for its device.
+    """
+    if compat.is_array_api_obj(value) and not isinstance(value, np.ndarray | np.generic):
+        namespace(value, like)
+        return value
+    positive(value, what, or_zero=or_zero)
+    return value if isinstance(value, np.ndarray | np.generic) else device_array(float(value), like)
 
 
 def damped_inverse(
@@ -238,10 +275,14 @@ def damped_inverse(
     """
     if (phi is None) == (lam is None):
         raise InputError("give one of phi and lam")
+    instance(X, "the representation", LowRank)
+    check_continuation(continuation)
     if X.m == 0:
         raise InputError("the representation has no modes: no columns came in yet")
     if phi is not None:
         check_phi(phi)
+    else:
+        lam = _scalar(lam, "the damping lam", X.M if isinstance(X, Exact) else X.D, or_zero=False)
     check_power(power)
     if isinstance(X, Exact) and continuation != ESCAPED and power == 1:  # nothing to continue
         return X.inverse(phi=phi, lam=lam)[0]
@@ -250,7 +291,7 @@ def damped_inverse(
     if continuation == ESCAPED:
         if level is None:
             raise InputError("continuation 'escaped' needs an escaped mass, which only FD keeps")
-        return DampedInverse(X, lam + level, _none(X, trace), power)
+        return DampedInverse(X, lam + _scalar(level, "the escaped mass", X.D), _none(X, trace), power)
     return DampedInverse(X, lam, continuation_level(X, continuation, trace), power)
 
 
@@ -273,9 +314,12 @@ def exact_inverse(
             the power out of range.
     """
     check_power(power)
-    if lam is None:
-        if phi is None:
-            raise InputError("give one of phi and lam")
+    if (phi is None) == (lam is None):
+        raise InputError("give one of phi and lam")
+    check_square(M, "EA factor")
+    if phi is None:
+        lam = _scalar(lam, "the damping lam", M, or_zero=False)
+    else:
         check_phi(phi)
         top = lambda_max(M)
         if not top > 0:
@@ -398,11 +442,19 @@ def lambda_max(M: Array) -> float:
 
 def precondition(J: Array, inverse_G: Inverse, inverse_A: Inverse) -> Array:
     """Algorithm 1 l.15-18: S = Gamma^-1 J A^-1 for J = Mat(g) (d_G, d_A); quadratic in d."""
+    check_columns(J, what="J")
+    check_applies(inverse_G, J.shape[0], J)
+    check_applies(inverse_A, J.shape[1], J)
     return inverse_G.apply(inverse_A.apply(J.T).T)
 
 
 def precondition_linear(G: Array, A: Array, inverse_G: Inverse, inverse_A: Inverse) -> tuple[Array, Array]:
     """Algorithm 8: the factors P (d_G, n), Q (d_A, n) of S = P Q^T = Gamma^-1 G A^T A^-1; linear in d."""
+    for X, inverse, what in ((G, inverse_G, "G"), (A, inverse_A, "A")):
+        check_columns(X, what=what)
+        check_applies(inverse, X.shape[0], X)
+    if G.shape[1] != A.shape[1]:
+        raise InputError(f"A and G need as many columns, got {A.shape[1]} and {G.shape[1]}")
     return inverse_G.apply(G), inverse_A.apply(A)
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "error_curves",
     "error_figure",
     "frontier_figure",
+    "plain",
     "save",
     "spectrum_figure",
     "style",
@@ -160,14 +161,14 @@ def error_figure(
                     axes[row, column].set_xlabel("iteration in the window", fontsize=8)
             axes[row, 0].set_ylabel(f"{label}\nerror", fontsize=8)
         handles = [
-            Line2D([], [], color=colour, linestyle=line, linewidth=1.2, label=name, **_marker(i))
+            Line2D([], [], color=colour, linestyle=line, linewidth=1.2, label=plain(name), **_marker(i))
             for i, (name, (colour, line)) in enumerate(styles.items())
         ]
         figure.legend(
             handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False, handlelength=3.4
         )
         if title:
-            figure.suptitle(title, fontsize=8)
+            figure.suptitle(plain(title), fontsize=8)
     return figure
 
 
@@ -257,6 +258,11 @@ def spectrum_figure(
 _UNDATED: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".png": {}, ".svg": {"Date": None}}
 
 
+def plain(text: str) -> str:
+    """Text as it stands: matplotlib takes what stands between two dollars for mathematics."""
+    return text.replace("$", r"\$")
+
+
 def check_format(path: Path) -> None:
     """Refuses a file name whose suffix is no format of ours."""
     if path.suffix not in _UNDATED:
@@ -304,12 +310,12 @@ def frontier_figure(table: pd.DataFrame, budget: float, choice: str, *, title: s
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.tick_params(labelsize=8)
         ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
-    names = [f"{i + 1}  {row.algorithm}" for i, row in enumerate(front.itertuples())]
+    names = [plain(f"{i + 1}  {row.algorithm}") for i, row in enumerate(front.itertuples())]
     handles, labels = figure.axes[0].get_legend_handles_labels()
     blank = Line2D([], [], linestyle="none")
     figure.legend(
         [*handles, *[blank] * len(names)], [*labels, *names], loc="outside right upper", fontsize=7, frameon=False
     )
     if title:
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(plain(title), fontsize=9)
     return figure

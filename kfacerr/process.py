@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from .certificate import Certificate
+from .checks import instance, is_number, names, switch, whole
 from .ea import EAFactor, check_rho
 from .exceptions import InputError
 from .inverse import check_continuation, representation
@@ -24,7 +25,7 @@ from .lowrank import LowRank
 from .rsvd import check_sketch
 from .stream import Array
 
-__all__ = ["Clock", "Cost", "Estimate", "Process", "Settings", "is_number"]
+__all__ = ["Clock", "Cost", "Estimate", "Process", "Settings"]
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,12 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is None and name == "T_base":
-                continue
-            if not is_number(value) or value % 1 or not least <= value < float("inf"):
-                raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
-            object.__setattr__(self, name, int(value))
-        for name in ("rho", "phi_corct"):
-            if not is_number(getattr(self, name)):
-                raise InputError(f"{name} must be a number, got {getattr(self, name)!r}")
+            if value is not None or name != "T_base":
+                object.__setattr__(self, name, whole(value, name, least))
         check_rho(self.rho)
-        if not 0 < self.phi_corct <= 1:
-            raise InputError(f"phi_corct must lie in (0, 1], got {self.phi_corct}")
+        if not is_number(self.phi_corct) or not 0 < self.phi_corct <= 1:
+            raise InputError(f"phi_corct must lie in (0, 1], got {self.phi_corct!r}")
+        switch(self.accumulate, "accumulate")
         check_sketch(self.sketch)
         check_continuation(self.continuation)
 
@@ -89,11 +85,6 @@ class Settings:
 _LEAST = dict.fromkeys(("oversampling", "n_pwr_it", "s", "T_base", "seed"), 0) | dict.fromkeys(
     ("rank", "T_inv", "T_brand", "T_rsvd", "T_corct"), 1
 )
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value can be a setting: also NumPy's numbers and a 0-d tensor (a learning rate may be one)."""
-    return not isinstance(value, str | bytes) and all(hasattr(value, name) for name in ("__float__", "__lt__"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,10 +197,12 @@ class Process:
         fixed: tuple[str, ...] = (),
         **given: Any,
     ) -> None:
-        self.settings = replace(settings or Settings(), **given)
-        self.fixed = frozenset(fixed)
+        settings = Settings() if settings is None else instance(settings, "settings", Settings)
+        self.settings = replace(settings, **given)
+        self.fixed = frozenset(names(fixed, "fixed"))
         self.clocks = {name: Clock(getattr(self.settings, name) or 0) for name in self.schedules}
-        self.rng = rng if rng is not None else np.random.default_rng(self.settings.seed)
+        rng = np.random.default_rng(self.settings.seed) if rng is None else rng
+        self.rng = instance(rng, "rng", np.random.Generator)
         self._held: Estimate | None = None
         self._certificate: Certificate | str = "this process derives none"
 

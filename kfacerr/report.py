@@ -15,6 +15,7 @@ import numpy as np
 
 from .algorithms import SEVEN, Algorithm
 from .array import to_numpy
+from .checks import choice, names
 from .exceptions import InputError
 from .factor import KFactor
 from .files import write_atomically, write_text
@@ -138,7 +139,7 @@ class Measurement:
         every: int = 10,
     ) -> None:
         self.name, self.settings, self.phi, self.every = name, settings, phi, every
-        self.study = ErrorStudy(tuple(dict.fromkeys(algorithms)), settings, windows, phi=phi, certify=True)
+        self.study = ErrorStudy(algorithms, settings, windows, phi=phi, certify=True)
         self.rows: list[Row] = []
         self.seconds = 0.0
         self._n = 0
@@ -388,11 +389,13 @@ def report_recording(
     Raises:
         InputError: no such layer, no windows, values out of range, or bad columns; names file, layer, iteration.
     """
-    names = list(layers) if layers else [n for n in recording.layers if recording.layer(n).windows]
-    if not names:
+    choice(dtype, "dtype", ("float64", "float32"))
+    asked = [n for n in recording.layers if recording.layer(n).windows] if layers is None else layers
+    wanted = names(asked, "layers")
+    if not wanted:
         raise InputError(f"{recording.path}: no layer with windows to measure in")
     measurements = []
-    for layer in [recording.layer(name) for name in dict.fromkeys(names)]:
+    for layer in [recording.layer(name) for name in dict.fromkeys(wanted)]:
         r = default_rank(layer.d_A, layer.d_G) if rank is None else rank
         measurement = Measurement(
             layer.name,
@@ -405,7 +408,9 @@ def report_recording(
         for _ in replay(layer, measurement.push, convert=lambda X: X.astype(dtype), phi=phi):
             pass
         measurements.append(measurement)
-    return Report(measurements, title=f"How wrong are the inverses of {', '.join(names)} in {recording.path.name}")
+    return Report(
+        measurements, title=f"How wrong are the inverses of {', '.join(wanted)} in {recording.path.name}"
+    )
 
 
 def default_rank(d_A: int, d_G: int) -> int:

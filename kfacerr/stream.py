@@ -4,8 +4,13 @@ A stream is any iterable of `Step`. Training yields it live (`kfacerr.torch.foll
 (`kfacerr.recording`), and `kfacerr.study` consumes it; none of them knows the other.
 """
 
+import itertools
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, NamedTuple
+
+from .checks import names, whole
+from .exceptions import InputError
 
 Array = Any  # a NumPy, CuPy, torch or any other Array API array
 
@@ -49,3 +54,28 @@ class Window(NamedTuple):
 
     def __contains__(self, k: object) -> bool:
         return isinstance(k, Integral) and self.start <= int(k) < self.start + self.length
+
+
+def ordered(windows: Iterable[Any]) -> list[Window]:
+    """Windows, or tuples that are some, by their start.
+
+    Args:
+        windows: (start, length) or (start, length, epoch) each.
+
+    Returns:
+        The same as `Window`s.
+
+    Raises:
+        InputError: one is no window, or two overlap.
+    """
+    found = []
+    for one in names(windows, "windows", tuple, list):
+        if len(one) not in (2, 3):
+            raise InputError(f"a window is (start, length) or (start, length, epoch), got {one!r}")
+        limits = zip(("start", "length", "epoch"), one, (0, 1, 0), strict=False)
+        found.append(Window(*(whole(value, f"a window's {name}", least) for name, value, least in limits)))
+    found.sort()
+    for one, other in itertools.pairwise(found):
+        if other.start in one:
+            raise InputError(f"windows overlap: {tuple(one)} and {tuple(other)}")
+    return found

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checks import choice, instance, is_number, switch, whole
 from ..exceptions import InputError
 from ..inverse import CONTINUATIONS
-from ..process import is_number
 from ._kfac_layer import KFACLayer
 from ._kfac_step import KFACStep
 from ._likelihoods import LIKELIHOODS
@@ -133,18 +133,18 @@ class KFAC(LayerOptimizer):
         data_parallel: bool = True,
         **hyper: Unpack[Given],
     ) -> None:
-        _check_choice("algorithm", algorithm, PRESETS)
-        _check_choice("continuation", hyper.get("continuation", "min"), CONTINUATIONS)
-        _check_choice("clip_by", clip_by, ("layer", "kl"))
-        _check_choice("fisher", fisher, ("empirical", "sampled"))
-        if steps_per_epoch is not None and steps_per_epoch < 1:
-            raise InputError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
+        choice(algorithm, "algorithm", PRESETS)
+        choice(hyper.get("continuation", "min"), "continuation", CONTINUATIONS)
+        choice(clip_by, "clip_by", ("layer", "kl"))
+        choice(fisher, "fisher", ("empirical", "sampled"))
+        if steps_per_epoch is not None:
+            whole(steps_per_epoch, "steps_per_epoch", 1)
         self.algorithm = algorithm
         self.policy = policy or {}
         self.schedules = Schedules(PRESETS[algorithm], hyper)
         self.steps_per_epoch = steps_per_epoch
         self.clip_by = clip_by
-        self.linear_application = linear_application
+        self.linear_application = switch(linear_application, "linear_application")
         self.fisher = fisher
         self._group_schedules: list[dict[str, Callable[[int], float]]] = []
         self._unfit: dict[str, Tensor] = {}  # the last step whose S was not finite, by layer, on its device
@@ -168,7 +168,7 @@ class KFAC(LayerOptimizer):
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self._epoch = int(epoch)
+        self._epoch = whole(epoch, "the epoch")
         self._switch()
 
     def _epoch_of(self, k: int, given: int | None) -> int:
@@ -252,8 +252,10 @@ class KFAC(LayerOptimizer):
         if self.fisher != "sampled":
             raise InputError("sample_fisher() needs an optimizer made with fisher='sampled'")
         if isinstance(likelihood, str):
-            _check_choice("likelihood", likelihood, LIKELIHOODS)
-            likelihood = LIKELIHOODS[likelihood]
+            likelihood = LIKELIHOODS[choice(likelihood, "likelihood", LIKELIHOODS)]
+        if not callable(likelihood):
+            raise InputError(f"likelihood must be a name or a function, got {likelihood!r}")
+        instance(output, "the output", Tensor)
         if self.k % self.hyper.T_updt:
             return
         layers = [layer for layer in self.layers.values() if layer.is_optimized and layer.weight.requires_grad]
@@ -315,6 +317,8 @@ class KFAC(LayerOptimizer):
             raise InputError(
                 f"the state has other layers: {', '.join(map(repr, odd))} in one and not in the other"
             )
+        if state["epoch"] is not None:
+            whole(state["epoch"], "the epoch")
         # The epoch may be unknown as yet: a factor takes the values of its own at its next update.
         settings = self.schedules.at(self._epoch_of(state["k"], state["epoch"])).settings
         layers = [self.layers[name].restored(saved, settings) for name, saved in state["layers"].items()]
@@ -335,17 +339,12 @@ def _check_names(model: nn.Module, policy: Any) -> None:
     for name in policy:
         if name not in modules:
             raise InputError(f"the model has no layer {name!r}")
-    for name, choice in policy.items():
-        check_policy(name, choice)
-        if choice != SGD and (reason := unfollowable(modules[name])):
+    for name, chosen in policy.items():
+        check_policy(name, chosen)
+        if chosen != SGD and (reason := unfollowable(modules[name])):
             raise InputError(f"layer {name!r} {reason}: it cannot be preconditioned")
 
 
 def _is_trained(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return weight is not None and weight.requires_grad
-
-
-def _check_choice(what: str, value: str, among: Iterable[str]) -> None:
-    if value not in among:
-        raise InputError(f"{what} {value!r} is not one of {', '.join(among)}")

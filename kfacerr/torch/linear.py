@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import checks
 from ..exceptions import InputError
 from ._autograd import wanted
 
@@ -244,10 +245,10 @@ def factored(model: Model, names: Iterable[str] | None = None) -> Model:
     Raises:
         InputError: there is no such layer, or it is not an nn.Linear.
     """
-    modules = dict(model.named_modules())
-    if isinstance(names, str):
-        names = (names,)
-    chosen = [n for n, m in modules.items() if type(m) is nn.Linear] if names is None else list(names)
+    modules = dict(checks.instance(model, "the model", nn.Module).named_modules())
+    chosen: Iterable[str] = [n for n, m in modules.items() if type(m) is nn.Linear]
+    if names is not None:
+        chosen = checks.names((names,) if isinstance(names, str) else names, "names")
     for name in chosen:
         if name not in modules:
             raise InputError(f"the model has no layer {name!r}")

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 
 from ..algorithms import Algorithm
+from ..checks import whole
 from ..exceptions import InputError
 from ..inverse import check_phi
-from ..process import Process, Settings, is_number
+from ..process import Process, Settings
 
 __all__ = [
     "DEFAULTS",
@@ -181,12 +182,8 @@ class Schedules:
         if self._held is None or self._held[0] != epoch:
             values = {name: value(epoch) if callable(value) else value for name, value in self._given.items()}
             T_updt, phi = values.pop("T_updt"), values.pop("phi_lambda")
-            if not is_number(T_updt) or not 1 <= T_updt < float("inf") or T_updt % 1:
-                raise InputError(f"T_updt must be a whole number of at least 1, got {T_updt!r}")
-            if not is_number(phi):
-                raise InputError(f"phi_lambda must be a number, got {phi!r}")
             check_phi(phi)
-            self._held = epoch, Hyper(Settings(**values), int(T_updt), float(phi))
+            self._held = epoch, Hyper(Settings(**values), whole(T_updt, "T_updt", 1), float(phi))
         return self._held[1]
 
 

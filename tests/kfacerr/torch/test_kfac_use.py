@@ -396,7 +396,7 @@ def test_a_wide_layer_allocates_nothing_larger_than_its_weight(algorithm, proces
         ({"clip_by": "norm"}, "clip_by 'norm'"),
         ({"continuation": "max"}, "continuation 'max' is not one of none, min, trace"),
         ({"fisher": "true"}, "fisher 'true'"),
-        ({"steps_per_epoch": 0}, "steps_per_epoch must be at least 1"),
+        ({"steps_per_epoch": 0}, "steps_per_epoch must be a whole number of at least 1"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(options, message):

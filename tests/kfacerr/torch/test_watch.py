@@ -337,7 +337,7 @@ def test_a_gradient_of_the_columns_is_that_of_the_weight(tmp_path):
     [
         ({"layers": "9"}, "no layer to watch fits '9'; the layers that can be followed: 0, 2, 4"),
         ({"rank": 0.5}, "rank must be a whole number"),
-        ({"every": 0}, "every must be at least 1"),
+        ({"every": 0}, "every must be a whole number of at least 1"),
         ({"phi": 0}, "phi must be positive"),
         ({"algorithms": ["B-FAC"]}, "'B-FAC' is not one of"),
         ({"continuation": "max"}, "continuation 'max'"),
