@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .checks import whole
 from .examine import PRECISIONS, Examined, FactorAudit, examine, model_gradient, step_errors
 from .exceptions import InputError
 from .files import write_csv, write_text
@@ -76,8 +77,8 @@ def inspect(
         InputError: nothing there is a K-factor, a file that cannot be read, or values out of range.
     """
     check_phi(phi)
-    if rank is not None and rank < 1:
-        raise InputError(f"rank must be at least 1, got {rank}")
+    if rank is not None:
+        whole(rank, "rank", 1)
     tree, name = _tree(source)
     layers = _by_layer(find_factors(tree, name or "factor"), tree, name)
     given = {} if gradients is None else dict(stored_leaves(_tree(gradients)[0]))

@@ -26,6 +26,7 @@ from kfacerr import (
     correct,
     damped_inverse,
     exact_inverse,
+    inspect,
     inverse_error,
     norm_error,
     nystrom,
@@ -98,7 +99,10 @@ def ea(**changes: Any) -> None:
 
 SKETCH = {"M": M, "r": 2, "oversampling": 1, "n_pwr_it": 1, "rng": np.random.default_rng(0)}
 NO_SKETCH = {"M": NO_SQUARE, "r": NO_SIZE, "oversampling": NO_COUNT, "n_pwr_it": NO_COUNT, "rng": NO_GENERATOR}
-COUNTS = dict.fromkeys(("oversampling", "n_pwr_it", "s", "T_base", "seed"), NO_COUNT)
+COUNTS = {
+    **dict.fromkeys(("oversampling", "n_pwr_it", "s", "seed"), NO_COUNT),
+    "T_base": tuple(value for value in NO_COUNT if value is not None),  # None: its default
+}
 SIZES = dict.fromkeys(("rank", "T_inv", "T_brand", "T_rsvd", "T_corct"), NO_SIZE)
 NO_SETTINGS = {
     **(COUNTS | SIZES),
@@ -131,6 +135,11 @@ ROWS: dict[str, bad.Row] = {
         BRAND.process,
         {"settings": SETTINGS, "side": "A"},
         {"settings": NO_NUMBER, "side": NO_NAME},
+    ),
+    "inspect": (
+        inspect,
+        {"source": M},
+        {"source": (None, 3, "", "no such file", {}, M[:, :3]), "rank": (0, 0.5, "x"), "phi": NOT_POSITIVE},
     ),
     "LowRank": (
         LowRank,

@@ -94,7 +94,7 @@ def test_one_array_is_inspected():
         ({"source": {"w": np.ones((2, 3))}}, r"no K-factors, .* there are w float64 \(2, 3\)"),
         ({"source": {}}, "there are no arrays"),
         ({"source": LAYERS, "phi": 0}, "phi must be positive"),
-        ({"source": LAYERS, "rank": 0}, "rank must be at least 1"),
+        ({"source": LAYERS, "rank": 0}, "rank must be a whole number of at least 1"),
         ({"source": LAYERS, "gradients": {"fc": np.eye(2)}}, "no layer 'fc' that a gradient is given of"),
         ({"source": LAYERS, "gradients": {FIRST: np.eye(2)}}, r"a gradient \(12, 16\) is needed"),
         ({"source": {"fc": {"A": np.eye(2)}}, "gradients": {"fc": np.eye(2)}}, "needs both factors"),
@@ -124,7 +124,7 @@ def test_the_command_writes_what_is_asked_for(path, tmp_path, capsys):
     ("options", "fault"),
     [
         (["--phi", "0"], "phi must be positive"),
-        (["--rank", "0"], "--rank must be at least 1"),
+        (["--rank", "0"], "--rank must be a whole number of at least 1"),
         (["--plot", "x.jpeg"], "must end in .pdf"),
         (["--out", "no/x.csv"], "the folder no does not exist"),
     ],
