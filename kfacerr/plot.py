@@ -267,11 +267,8 @@ def damping_figure(frame: pd.DataFrame, *, title: str = "", dark: bool = False) 
                 curve = part[part["rank"] == r]
                 ax.plot(curve.share, curve.value.clip(lower=ROUNDING), color=colour, linewidth=1.2)
             decades = np.log10(part.value.clip(lower=ROUNDING))
-            ax.set(
-                xscale="log",
-                yscale="log",
-                ylim=10.0 ** np.array([np.floor(decades.min()), np.ceil(decades.max() + 0.01)]),
-            )
+            low, high = np.floor(decades.min() + 0.05), np.ceil(decades.max() - 0.05)  # ticks at both ends
+            ax.set(xscale="log", yscale="log", ylim=(10.0 ** min(low, high - 1) / 1.3, 1.3 * 10.0**high))
             ax.set_xlabel(RELATIVE[kind], fontsize=7)
             ax.minorticks_off()
             ax.tick_params(labelsize=7)

@@ -100,3 +100,14 @@ def test_the_table_of_widths_is_that_of_the_spectra():
             values.append((theta, len(w) * w[r] / w.sum(), w[r] / w[0], (w > 0.1 * w[0]).sum()))
         mean = pd.DataFrame(values).mean()
         assert row == f"{len(w)} | {mean[0]:.3f} | {mean[1]:.2f} | {mean[2]:.3f} | {mean[3]:.0f}", name
+
+
+def test_the_table_of_dampings_is_that_of_the_csv():
+    frame = pd.read_csv(DOCS.parent / "figures" / "cifar10-small" / "damping.csv.gz")
+    value = frame[frame["rank"] == 29].set_index(["damping", "share", "metric"]).value
+    text = (DOCS / "inspect.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (phi|mean|product) \| ([\d.]+) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 6
+    for kind, share, cells in rows:
+        keys = [(kind, float(share), metric) for metric in (*METRICS, "condition")]
+        assert cells.split(" | ") == [f"{value[key]:.3g}" if key in value else "" for key in keys], (kind, share)
