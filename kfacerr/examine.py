@@ -182,6 +182,8 @@ def _mean_of(count: float | None) -> tuple[float, tuple[str, ...]]:
     """What to divide a sum by; NaN for nothing."""
     if count is None:
         return NAN, ()
+    if math.isnan(count):
+        return NAN, ("no count is stored with it, so that its sum stands for the mean",)
     if not (0 < count < math.inf):
         return NAN, (f"its count is {count:g}, so that the sum stands for the mean",)
     return count, ()
