@@ -41,6 +41,10 @@ class Parser(argparse.ArgumentParser):
         """Exits with status 2 and one line that says where the help is."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Without argparse's silence where the help cannot be written."""
+        (sys.stderr if file is None else file).write(message or "")
+
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Gives a default unless it says nothing (None, a switch that is off) or the help's own words say it."""
