@@ -74,6 +74,9 @@ class Algorithm:
     base: str
     own: tuple[tuple[str, Any], ...] = ()
 
+    def __repr__(self) -> str:
+        return f"Algorithm.parse({str(self)!r})"
+
     @classmethod
     def parse(cls, name: "str | Algorithm") -> "Algorithm":
         """The algorithm of a name; an algorithm stands for itself.

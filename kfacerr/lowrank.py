@@ -55,6 +55,9 @@ class LowRank:
     D: Array
     mix: Array | None = None
 
+    def __repr__(self) -> str:
+        return f"<kfacerr LowRank: d={self.d}, m={self.D.shape[0]}>"
+
     @property
     def d(self) -> int:
         return self.basis.shape[0]

@@ -10,7 +10,6 @@ long to write, gzip 20 times, and LZF cannot be read without h5py.
 import logging
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,7 +36,7 @@ from .recording import (
     series_names,
     to_windows,
 )
-from .stream import Array, Step, Window
+from .stream import Array, Step, Windows, as_windows
 
 __all__ = ["RecordingWriter"]
 
@@ -99,7 +98,7 @@ class RecordingWriter:
         bias: bool,
         batch_size: int,
         update_every: int,
-        windows: Sequence[Window] = (),
+        windows: Windows = (),
         dtype: Any = np.float32,
     ) -> None:
         """Describes a layer before its first step.
@@ -196,7 +195,7 @@ class RecordingWriter:
             raise
         self._last[layer] = step.k
 
-    def set_windows(self, layer: str, windows: Sequence[Window]) -> None:
+    def set_windows(self, layer: str, windows: Windows) -> None:
         """Replaces a layer's windows, where only the end of a training tells which were reached.
 
         Args:
@@ -328,12 +327,13 @@ def _create_series(group: Any, name: str, dtype: Any) -> None:
     group.create_dataset(name, shape=(0,), maxshape=(None,), chunks=(1024,), dtype=dtype)
 
 
-def _window_rows(windows: Sequence[Window], where: str) -> np.ndarray:
+def _window_rows(windows: Windows, where: str) -> np.ndarray:
     """(W, 3) int64, checked."""
-    for window in windows:
+    checked = as_windows(windows)
+    for window in checked:
         for value in window:
             _check_whole(value, 0, f"{where}: a window's entry")
-    rows = np.array([tuple(w) for w in windows], dtype=np.int64).reshape(-1, 3)
+    rows = np.array(checked, dtype=np.int64).reshape(-1, 3)
     check_windows(rows, where)
     return rows
 

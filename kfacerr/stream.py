@@ -4,8 +4,12 @@ A stream is any iterable of `Step`. Training yields it live (`kfacerr.torch.foll
 (`kfacerr.recording`), and `kfacerr.study` consumes it; none of them knows the other.
 """
 
+import operator
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, NamedTuple
+
+from .exceptions import InputError
 
 Array = Any  # a NumPy, CuPy, torch or any other Array API array
 
@@ -49,3 +53,30 @@ class Window(NamedTuple):
 
     def __contains__(self, k: object) -> bool:
         return isinstance(k, Integral) and self.start <= int(k) < self.start + self.length
+
+
+Windows = Window | Iterable[tuple[int, ...]]
+"""What stands for windows: one, several, or pairs (start, length) as well."""
+
+
+def as_windows(windows: Windows) -> list[Window]:
+    """In the order that they are given in.
+
+    >>> as_windows(Window(100, 50)) == as_windows([(100, 50)])
+    True
+
+    Args:
+        windows: one, or several; (start, length) and (start, length, epoch) will do.
+
+    Returns:
+        The windows.
+
+    Raises:
+        InputError: what is given is none of this.
+    """
+    try:
+        return [Window(*map(operator.index, w)) for w in ([windows] if isinstance(windows, Window) else windows)]
+    except TypeError:
+        raise InputError(
+            f"windows must be (first iteration, length) pairs of whole numbers, got {windows!r}"
+        ) from None

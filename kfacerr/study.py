@@ -21,7 +21,7 @@ from .factor import KFactor
 from .inverse import DampedInverse, DenseInverse, Inverse, check_phi, precondition_linear
 from .metrics import METRICS, angle_error, inverse_error, norm_error, step_coordinates
 from .process import Process, Settings
-from .stream import Array, Step, Window
+from .stream import Array, Step, Window, Windows, as_windows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,7 +115,7 @@ class ErrorStudy:
         self,
         algorithms: Sequence[str | Algorithm] | Mapping[str, tuple[Process, Process]],
         settings: Settings,
-        windows: Sequence[Window],
+        windows: Windows,
         *,
         phi: float = 0.1,
         damping: str = "own",
@@ -135,6 +135,9 @@ class ErrorStudy:
         self.certify = certify
         self.last_k = -1
         self._errors: dict[tuple[str, str], tuple[Inverse, DenseInverse, float]] = {}
+
+    def __repr__(self) -> str:
+        return f"<kfacerr ErrorStudy of {', '.join(self.names)}, up to iteration {self.last_k}>"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -282,9 +285,9 @@ def _applied(columns: Mapping[str, Array], inverses: Mapping[str, Inverse]) -> t
     return precondition_linear(columns["G"], columns["A"], inverses["G"], inverses["A"])
 
 
-def _ordered(windows: Sequence[Window]) -> list[Window]:
+def _ordered(windows: Windows) -> list[Window]:
     """By their start; refuses windows that are empty or overlap."""
-    ordered = sorted(Window(*window) for window in windows)
+    ordered = sorted(as_windows(windows))
     for window in ordered:
         if not (window.start >= 0 and window.length >= 1):
             raise InputError(f"a window needs start >= 0 and length >= 1, got {tuple(window)}")

@@ -11,7 +11,6 @@ micro-batches (`kfacerr.torch._micro_batches`).
 
 import fnmatch
 import logging
-import operator
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from ..process import Settings
 from ..recorder import RecordingWriter
 from ..recording import Recording
 from ..report import Measurement, Report, default_rank
-from ..stream import Columns, Step, Window
+from ..stream import Columns, Step, Window, Windows, as_windows
 from ..study import ErrorStudy
 from ._micro_batches import LayerTotals, gradient_columns, micro_batch
 from .follower import Capture, Follower, followable_layers, release
@@ -49,7 +48,7 @@ def watch(
     phi: float = 0.1,
     continuation: str = "min",
     every: int = 10,
-    windows: Window | Sequence[tuple[int, ...]] | None = None,
+    windows: Windows | None = None,
     record: str | Path | None = None,
     loss_scale: float | Callable[[], float] = 1.0,
     seed: int = 0,
@@ -99,14 +98,14 @@ class _Windows:
     GROWTH, FIRST, UPDATES = 8, 10, 10
     COUNT = 12  # the last of the default windows starts at 10^11 steps
 
-    def __init__(self, every: int, given: Window | Sequence[tuple[int, ...]] | None) -> None:
+    def __init__(self, every: int, given: Windows | None) -> None:
         self.every = every
         self.given = given is not None
         if given is None:
             starts = (self.FIRST * every * self.GROWTH**j for j in range(self.COUNT))
             self.windows = [Window(start, self.UPDATES * every) for start in starts]
         else:
-            self.windows = _given([given] if isinstance(given, Window) else given)
+            self.windows = sorted(as_windows(given))
 
     def updates(self, k: int) -> bool:
         """Whether the factors take iteration k's columns."""
@@ -119,16 +118,6 @@ class _Windows:
     def reached(self, k: int) -> list[Window]:
         """Those that had begun by iteration k; all that were given."""
         return [w for w in self.windows if self.given or w.start < max(k, 1)]
-
-
-def _given(windows: Sequence[tuple[int, ...]]) -> list[Window]:
-    """As `Window`s, by their start."""
-    try:
-        return sorted(Window(*map(operator.index, window)) for window in windows)
-    except TypeError:
-        raise InputError(
-            f"windows must be (first iteration, length) pairs of whole numbers, got {windows!r}"
-        ) from None
 
 
 class Watch:
