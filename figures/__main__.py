@@ -5,13 +5,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kfacerr.command import Parser, run
+from kfacerr.command import Parser, path, run
+from kfacerr.exceptions import InputError
+from kfacerr.files import check_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Renders a folder; returns the exit status: 0, or 2 after bad input."""
     parser = Parser(prog="python -m figures", description="Render a study's figures and tables.")
-    parser.add_argument("run", type=Path, metavar="DIR", help="what a study wrote to --out")
+    parser.add_argument("run", type=path, metavar="DIR", help="what a study wrote to --out")
     return run("figures", parser, _render, argv)
 
 
@@ -19,6 +21,9 @@ def _render(arguments: argparse.Namespace) -> None:
     from figures import monitor, optimizers, render  # matplotlib, which --help needs not
 
     folder: Path = arguments.run
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    check_folder(folder)
     if (folder / "epochs.csv").exists():
         optimizers.render(folder)
     elif (folder / "monitor.csv").exists() or (folder / "monitor.csv.gz").exists():

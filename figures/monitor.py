@@ -6,10 +6,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from figures.render import save_both
-from figures.tables import note, read_table
+from figures.tables import note, read_errors, read_table
 from kfacerr.algorithms import Algorithm
 from kfacerr.metrics import METRICS, ROUNDING
-from kfacerr.plot import METRIC_LABELS, style
+from kfacerr.plot import METRIC_LABELS, plain, style
 from kfacerr.study import CERTIFIED
 
 __all__ = ["monitor_figure", "render_monitor"]
@@ -24,7 +24,7 @@ def render_monitor(run: Path) -> None:
     Raises:
         InputError: `run` has no monitor.csv and spectrum.csv, or they are not such tables.
     """
-    errors = read_table(run / "monitor.csv", ("algorithm", "k", "metric", "value", "epoch", "seed"))
+    errors = read_errors(run / "monitor.csv")
     spectra = read_table(run / "spectrum.csv", ("epoch", "factor", "above_damping", "at_r", "at_r_plus_n", "tail"))
     names = [name for name in errors.algorithm.unique() if Algorithm.parse(name).get("continuation") is None]
     shown = errors[errors.algorithm.isin(names)]
@@ -47,7 +47,7 @@ def monitor_figure(errors: pd.DataFrame, spectra: pd.DataFrame, title: str) -> F
         for name in names:
             colour, line = styles[name]
             curve = curves.loc[name, metric]
-            ax.semilogy(curve.index, curve, color=colour, linestyle=line, linewidth=1.0, label=name)
+            ax.semilogy(curve.index, curve, color=colour, linestyle=line, linewidth=1.0, label=plain(name))
             bound = BOUNDS.get(metric, "")
             if (name, bound) in drawn:
                 certified = curves.loc[name, bound]
@@ -74,5 +74,5 @@ def monitor_figure(errors: pd.DataFrame, spectra: pd.DataFrame, title: str) -> F
         ax.margins(x=0)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
-    figure.suptitle(", ".join(filter(None, (title, "one damping for all"))), fontsize=8)
+    figure.suptitle(plain(", ".join(filter(None, (title, "one damping for all")))), fontsize=8)
     return figure

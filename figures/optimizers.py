@@ -25,6 +25,7 @@ from figures.tables import (
 )
 from kfacerr.exceptions import InputError
 from kfacerr.files import write_text
+from kfacerr.plot import plain
 
 __all__ = ["accuracy_figure", "breakdown_figure", "render"]
 
@@ -57,6 +58,9 @@ def render(run: Path) -> None:
     epochs = read_table(run / "epochs.csv", ("optimizer", "seed", "epoch", "seconds", "test_accuracy"), rows=False)
     timing = read_table(run / "timing.csv", ("table", "driver", "round", "t_epoch"), rows=False)
     breakdown = read_table(run / "breakdown.csv", ("table", "driver", "part", "seconds"), rows=False)
+    for name, part in (("timing", timing), ("breakdown", breakdown)):
+        if not part.table.isin((1, 2)).all():
+            raise InputError(f"{run / name}.csv: column 'table' is not all 1 or 2")
     first, second = (timing[timing.table == number] for number in (1, 2))
     table = table_2(epochs, second, targets, T_updt)
     write_text(run / "table2.csv", table.to_csv(index=False, float_format="%.5g"))
@@ -86,7 +90,7 @@ def accuracy_figure(epochs: pd.DataFrame, times: pd.DataFrame, targets: Sequence
         ax.tick_params(labelsize=7)
         ax.grid(True, linewidth=0.3, alpha=0.6)
     left.set_ylabel("test accuracy (%)", fontsize=8)
-    handles = [Line2D([], [], color=c, linestyle=s, linewidth=1.0, label=n) for n, (c, s) in styles.items()]
+    handles = [Line2D([], [], color=c, linestyle=s, linewidth=1.0, label=plain(n)) for n, (c, s) in styles.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     return figure
 
@@ -100,7 +104,15 @@ def breakdown_figure(breakdown: pd.DataFrame) -> Figure:
     for part, colour in _COLOURS.items():
         if part in table:
             widths = table[part].to_numpy()
-            ax.barh(table.driver, widths, left=left, color=colour, label=part, edgecolor="white", linewidth=0.4)
+            ax.barh(
+                table.driver.map(plain),
+                widths,
+                left=left,
+                color=colour,
+                label=plain(part),
+                edgecolor="white",
+                linewidth=0.4,
+            )
             left = left + widths
     ax.set_xlabel("seconds of an epoch", fontsize=8)
     ax.tick_params(labelsize=7)

@@ -8,16 +8,23 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from figures.tables import note, read_table, study_config, table_1, table_1_markdown, window_settings
+from figures.tables import (
+    note,
+    read_errors,
+    read_table,
+    study_config,
+    table_1,
+    table_1_markdown,
+    window_settings,
+)
 from kfacerr.algorithms import Algorithm
 from kfacerr.files import write_text
 from kfacerr.metrics import METRICS
-from kfacerr.plot import METRIC_LABELS, error_figure, save
+from kfacerr.plot import METRIC_LABELS, error_figure, plain, save
 from kfacerr.study import by_window
 
 __all__ = ["errors_figure", "render", "save_both", "spectrum_figure", "variants_figure"]
 
-COLUMNS = ("algorithm", "k", "metric", "value", "epoch", "seed")
 Settings = Mapping[int, Mapping[str, Any]]
 """By a window's epoch, see `figures.tables.window_settings`."""
 
@@ -30,22 +37,31 @@ def render(run: Path) -> None:
     Raises:
         InputError: `run` has no errors.csv, or it is not a table of errors.
     """
-    errors = read_table(run / "errors.csv", COLUMNS)
+    errors = read_errors(run / "errors.csv")
     settings, seeds = window_settings(run), errors.seed.nunique()
+    spectra = variants = timing = None  # all that is there is read, and refused, before the first figure is drawn
+    if _is_there(run, "spectra.csv"):
+        spectra = read_table(run / "spectra.csv", ("seed", "epoch", "factor", "index", "eigenvalue"))
+    if _is_there(run, "variants.csv"):
+        variants = read_errors(run / "variants.csv", rows=False)
+    if _is_there(run, "timing.csv"):
+        timing = read_table(run / "timing.csv", ("driver", "t_epoch"))
     for name, metrics in (("figure1", METRICS[:2]), ("figure2", METRICS[2:])):
         save_both(errors_figure(errors, metrics, settings, note(run, seeds)), run / name)
-    if (run / "spectra.csv").exists() or (run / "spectra.csv.gz").exists():
-        spectra = read_table(run / "spectra.csv", ("seed", "epoch", "factor", "index", "eigenvalue"))
+    if spectra is not None:
         save_both(spectrum_figure(spectra, settings), run / "spectra")
-    if (run / "variants.csv").exists() or (run / "variants.csv.gz").exists():
-        variants = read_table(run / "variants.csv", COLUMNS, rows=False)
+    if variants is not None:
         everything = pd.concat([errors, variants], ignore_index=True)
         save_both(variants_figure(everything, settings, note(run, seeds, band=False)), run / "variants")
-    timing = run / "timing.csv"
-    table = table_1(errors, read_table(timing, ("driver", "t_epoch")) if timing.exists() else None)
+    table = table_1(errors, timing)
     label, _ = by_window(errors)[-1]
     write_text(run / "table1.csv", table.to_csv(index=False, float_format="%.4g"))
     write_text(run / "table1.md", table_1_markdown(table, label, study_config(run).get("data", ""), seeds))
+
+
+def _is_there(run: Path, name: str) -> bool:
+    """Whether a study has a table, or what `gzip` made of it."""
+    return (run / name).exists() or (run / f"{name}.gz").exists()
 
 
 def save_both(figure: Figure, stem: Path) -> None:
@@ -100,7 +116,7 @@ def variants_figure(errors: pd.DataFrame, settings: Settings, title: str) -> Fig
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
     about = _said(settings, last.epoch.iloc[0])
-    figure.suptitle(", ".join(filter(None, (title, f"mean over {label}", about))), fontsize=8)
+    figure.suptitle(plain(", ".join(filter(None, (title, f"mean over {label}", about)))), fontsize=8)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "epochs_to",
     "note",
     "paper_name",
+    "read_errors",
     "read_table",
     "runs_to_targets",
     "study_config",
@@ -45,12 +47,52 @@ _NAN = float("nan")
 
 
 def study_config(run: Path) -> dict[str, Any]:
-    """config.json of a study, or nothing where it has none that can be read."""
+    """config.json of a study, or nothing where it has none that can be read.
+
+    Raises:
+        InputError: what is used of it is not of the kind that a study writes.
+    """
+    path = run / "config.json"
     try:
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}
+    for key, fits in _KINDS.items():
+        if key in config and not fits(config[key]):
+            raise InputError(f"{path}: {key} is not what a study writes")
+    return config
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
+
+
+def _are_windows(value: Any) -> bool:
+    numbers = ("epoch", "rank", "columns")
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and all(_is_number(one.get(n)) for n in numbers) and _are_numbers(one.get("phi"))
+        for one in value
+    )
+
+
+_KINDS = {
+    "data": _is_text,
+    "setting": _is_text,
+    "windows": _are_windows,
+    "targets": _are_numbers,
+    "T_updt": _is_number,
+}
+"""Of what is read of config.json."""
 
 
 def note(run: Path, seeds: int, *, band: bool = True) -> str:
@@ -65,14 +107,27 @@ def window_settings(run: Path) -> dict[int, dict[str, Any]]:
     return {window["epoch"]: window for window in study_config(run).get("windows", ())}
 
 
-_TEXT = ("algorithm", "metric", "factor", "optimizer", "driver", "part")
+_WHOLE = ("k", "epoch", "seed", "round", "table", "index")
+_TEXT = (
+    "algorithm",
+    "metric",
+    "factor",
+    "optimizer",
+    "driver",
+    "part",
+    "recording",
+    "dtype",
+    "role",
+    "continuation",
+)
 
 
 def read_table(path: Path, columns: tuple[str, ...], *, rows: bool = True) -> pd.DataFrame:
     """A study's table, or what `gzip` made of it.
 
     Raises:
-        InputError: it is missing, lacks one of `columns`, or is empty where `rows` are needed; names the file.
+        InputError: it is missing, lacks one of `columns`, has entries of another kind, NaN or Inf in them, or is
+            empty where `rows` are needed; names the file.
     """
     compressed = path.with_name(path.name + ".gz")
     if not path.exists():
@@ -81,21 +136,34 @@ def read_table(path: Path, columns: tuple[str, ...], *, rows: bool = True) -> pd
         path = compressed
     try:
         frame = pd.read_csv(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as a table: {error}") from None
+    except (OSError, EOFError, ValueError, zlib.error, MemoryError) as error:
+        raise InputError(f"{path}: not readable as a table: {' '.join(str(error).split())}") from None
     missing = [name for name in columns if name not in frame]
     if missing:
         raise InputError(f"{path}: no column {missing[0]!r}")
     if frame.empty and rows:
         raise InputError(f"{path}: has no rows")
-    text = [
-        name
-        for name in columns
-        if name not in _TEXT and len(frame) and not pd.api.types.is_numeric_dtype(frame[name])
-    ]
-    if text:
-        raise InputError(f"{path}: column {text[0]!r} is not all numbers")
+    for name in columns if len(frame) else ():
+        if name in _TEXT:
+            if not frame[name].map(_is_text).all():
+                raise InputError(f"{path}: column {name!r} is not all names")
+        elif not pd.api.types.is_numeric_dtype(frame[name]):
+            raise InputError(f"{path}: column {name!r} is not all numbers")
+        elif not np.isfinite(frame[name].to_numpy()).all():
+            line = int(np.argmin(np.isfinite(frame[name].to_numpy())))
+            raise InputError(f"{path}: column {name!r} is {frame[name][line]} in line {line + 2}")
+        elif name in _WHOLE and not ((frame[name] >= 0) & (frame[name] < 2**53) & (frame[name] % 1 == 0)).all():
+            raise InputError(f"{path}: column {name!r} is not all whole numbers")
     return frame
+
+
+def read_errors(path: Path, *, rows: bool = True) -> pd.DataFrame:
+    """A study's table of errors, in which every algorithm of a window has all four metrics; see `read_table`."""
+    errors = read_table(path, ("algorithm", "k", "metric", "value", "epoch", "seed"), rows=rows)
+    for (epoch, algorithm), part in errors.groupby(["epoch", "algorithm"]):
+        if lacking := set(METRICS) - set(part.metric):
+            raise InputError(f"{path}: {algorithm!r} has no {min(lacking)} at epoch {epoch}")
+    return errors
 
 
 def write_table(table: pd.DataFrame, stem: Path, form: str) -> None:

@@ -24,6 +24,7 @@ from .stream import Columns, Step, Window
 from .study import ErrorStudy, Row, table
 
 if TYPE_CHECKING:
+    from .inspection import inspect
     from .recorder import RecordingWriter
     from .recording import Recording
     from .verify import verify_layer
@@ -56,6 +57,7 @@ __all__ = [
     "correct",
     "damped_inverse",
     "exact_inverse",
+    "inspect",
     "inverse_error",
     "norm_error",
     "nystrom",
@@ -68,7 +70,12 @@ __all__ = [
     "verify_layer",
 ]
 
-_LATER = {"Recording": "recording", "RecordingWriter": "recorder", "verify_layer": "verify"}
+_LATER = {
+    "inspect": "inspection",
+    "Recording": "recording",
+    "RecordingWriter": "recorder",
+    "verify_layer": "verify",
+}
 
 
 def __getattr__(name: str) -> Any:

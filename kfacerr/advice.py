@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .algorithms import Algorithm
+from .checks import choice, instance, names, positive
 from .exceptions import InputError
 from .factor import KFactor
 from .files import write_atomically
+from .inverse import application_flops
 from .metrics import METRICS
 from .process import Cost, Settings
 from .replay import replay
@@ -64,6 +66,9 @@ class Budget:
     amount: float
     relative: bool = True
 
+    def __post_init__(self) -> None:
+        positive(self.amount, "a budget")
+
     @classmethod
     def parse(cls, text: str) -> "Budget":
         """ "1.5x" is a multiple of SGD's cost of the layer, "20" or "20ms" are milliseconds.
@@ -77,9 +82,11 @@ class Budget:
         Raises:
             InputError: neither, or not positive.
         """
-        number, relative = text.strip().lower().removesuffix("ms"), text.strip().lower().endswith("x")
+        instance(text, "a budget", str)
+        given = text.strip().lower()
+        relative = given.endswith("x")
         try:
-            amount = float(number.removesuffix("x"))
+            amount = float(given.removesuffix("x") if relative else given.removesuffix("ms"))
         except ValueError:
             amount = float("nan")
         if not 0 < amount < float("inf"):
@@ -96,14 +103,14 @@ DEFAULT_BUDGET = Budget(4.0)
 
 
 def candidates(layer: Layer, rank: int) -> list[Algorithm]:
-    """What is worth a look on a layer: each base, R-KFAC also at the rank r + n that Brand's are applied at.
+    """What is worth a look on a layer: each base, R- and W-KFAC at the rank r + n that Brand's are applied at.
 
     Args:
         layer: its sizes.
         rank: r.
 
     Returns:
-        Those with a rank below the larger dimension.
+        Those with a rank, or twice a sketch's columns, below the larger dimension.
     """
     names = [f"K-FAC T_inv={T}" for T in (10, 50, 250)]
     low = [f"R-KFAC T_inv={T} rank={r}" for T in (10, 50, 250) for r in (rank, rank + layer.n)]
@@ -111,9 +118,11 @@ def candidates(layer: Layer, rank: int) -> list[Algorithm]:
         f"{base} rank={r}" for base in ("B-KFAC", "B-R-KFAC T_rsvd=50") for r in (rank // 2 or 1, rank, 2 * rank)
     ]
     low += [f"B-KFAC-C T_corct=50 rank={rank}"]
+    low += [f"W-KFAC T_inv={T} rank={rank + layer.n}" for T in (10, 50)]
+    low += [f"N-KFAC s={s}" for s in dict.fromkeys((rank, 2 * rank, rank + layer.n))]
     names += [f"{name}{kind}" for name in low for kind in ("", " continuation=trace")]
     wide = max(layer.d_A, layer.d_G)
-    return [a for a in map(Algorithm.parse, names) if a.get("rank", 0) < wide]
+    return [a for a in map(Algorithm.parse, names) if a.get("rank", 2 * a.get("s", 0)) < wide]
 
 
 # ------------------------------------------------------------------------------------------------------ cost
@@ -143,7 +152,7 @@ def layer_costs(layer: Layer, algorithms: Sequence[Algorithm], settings: Setting
             milliseconds += spent
             numbers += cost.numbers
             ranks[side] = cost.rank
-        applied = _application_flops(layer, ranks)
+        applied = min(application_flops(layer.d_A, layer.d_G, layer.n, ranks["A"], ranks["G"]))
         rows.append(
             {
                 "algorithm": str(algorithm),
@@ -169,7 +178,7 @@ def _followed(algorithm: Algorithm, settings: Settings, side: str, d: int, layer
     small = algorithm.process(settings, side).cost(size, layer.n)
     plain, heavy = _timed(algorithm, settings, side, size, layer.n)
     plain *= cost.update / small.update
-    heavy *= cost.heavy / small.heavy if small.heavy else 1.0
+    heavy *= cost.heavy / small.heavy if small.heavy else 0.0
     return cost, 1e3 * (plain / layer.every + heavy / max(cost.period, layer.every))
 
 
@@ -193,6 +202,7 @@ def _timed(algorithm: Algorithm, settings: Settings, side: str, d: int, n: int) 
 def _seconds(factor: KFactor, k: int, X: np.ndarray) -> float:
     started = time.perf_counter()
     factor.push(k, X)
+    factor.inverse("it", phi=0.1)  # some decompose only when it is asked for
     return time.perf_counter() - started
 
 
@@ -205,22 +215,6 @@ def _product_rate() -> float:
         X @ X
         times.append(time.perf_counter() - started)
     return 2.0 * 1024**3 / float(np.median(times[1:]))
-
-
-def _application_flops(layer: Layer, ranks: dict[str, int]) -> float:
-    """Of a plain step: the cheaper of Algorithm 1 l.15-18 and Algorithm 8.
-
-    A side with all its d modes is one dense product; else two with d x m matrices (`DampedInverse.apply`).
-    """
-    d = {"A": layer.d_A, "G": layer.d_G}
-
-    def side(name: str, columns: int) -> float:
-        m = ranks[name]
-        return 2.0 * d[name] * columns * (d[name] if m >= d[name] else 2 * m)
-
-    dense = side("A", layer.d_G) + side("G", layer.d_A)
-    linear = side("A", layer.n) + side("G", layer.n)  # S = P Q^T takes what the gradient G A^T took
-    return min(dense, linear)
 
 
 # ---------------------------------------------------------------------------------------------------- advice
@@ -334,9 +328,13 @@ def advise_recording(
     """
     from tqdm import tqdm
 
+    choice(dtype, "dtype", ("float64", "float32"))
+    instance(DEFAULT_BUDGET if budget is None else budget, "budget", Budget)
     sizes = Layer(layer.d_A, layer.d_G, layer.n, layer.update_every)
-    chosen = [Algorithm.parse(name) for name in algorithms] if algorithms else candidates(sizes, rank)
     configured = Settings(rank=rank, **settings)
+    chosen = candidates(sizes, configured.rank)
+    if algorithms is not None:
+        chosen = [Algorithm.parse(name) for name in names(algorithms, "algorithms", str, Algorithm)]
     study = ErrorStudy(chosen, configured, layer.windows, phi=0.1 if phi is None else phi)
     steps = replay(
         layer,

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .checks import choice, instance, names
 from .exceptions import InputError
 from .frequent_directions import FrequentDirections
 from .process import Process, Settings
@@ -38,28 +39,42 @@ class _Base(NamedTuple):
         process: follows one factor.
         own: the settings that may stand in the name, in the order they are written in.
         implied: settings that the base itself fixes.
-        needs_room: it saves something only where r + n < d (§3.5).
+        no_room: of settings, d and n: why a factor (d, d) is too small for it, "" if it is not.
     """
 
     process: type[Process]
     own: tuple[str, ...]
     implied: Mapping[str, Any] = {}
-    needs_room: bool = False
+    no_room: Callable[[Settings, int, int], str] = lambda settings, d, n: ""
+
+
+def _beside(settings: Settings, d: int, n: int) -> str:
+    """Brand's saves something only where r + n < d (§3.5)."""
+    r = settings.rank
+    return f"r + n >= d ({r} + {n} >= {d})" if r + n >= d else ""
+
+
+def _sketched(settings: Settings, d: int, n: int) -> str:
+    """The 4 d s n flops of a sketch's update are fewer than the 2 d^2 n of (8) only where 2 s < d."""
+    s = StreamingNystrom(settings).columns
+    return f"2 s >= d (2 x {s} >= {d})" if 2 * s >= d else ""
 
 
 _BASES = {
     "K-FAC": _Base(Evd, ("T_inv",)),
     "R-KFAC": _Base(Rsvd, ("T_inv", "sketch", "rank")),
     "SRE-KFAC": _Base(Rsvd, ("T_inv", "rank"), {"sketch": "sre"}),
-    "B-KFAC": _Base(Brand, ("T_brand", "rank"), needs_room=True),
-    "B-R-KFAC": _Base(BrandRsvd, ("T_brand", "T_rsvd", "sketch", "rank"), needs_room=True),
-    "B-KFAC-C": _Base(BrandCorrected, ("T_brand", "T_corct", "phi_corct", "rank"), needs_room=True),
-    "FD": _Base(FrequentDirections, ("T_brand", "rank"), needs_room=True),
-    "N-KFAC": _Base(StreamingNystrom, ("s", "T_base", "rank")),
+    "B-KFAC": _Base(Brand, ("T_brand", "rank"), no_room=_beside),
+    "B-R-KFAC": _Base(BrandRsvd, ("T_brand", "T_rsvd", "sketch", "rank"), no_room=_beside),
+    "B-KFAC-C": _Base(BrandCorrected, ("T_brand", "T_corct", "phi_corct", "rank"), no_room=_beside),
+    "FD": _Base(FrequentDirections, ("T_brand", "rank"), no_room=_beside),
+    "N-KFAC": _Base(StreamingNystrom, ("s", "T_base", "rank"), no_room=_sketched),
     "W-KFAC": _Base(WarmNystrom, ("T_inv", "rank")),
 }
 _OF_ALL = ("continuation",)
-_TYPES: dict[str, Callable[[str], Any]] = {field.name: type(field.default) for field in fields(Settings)}
+_TYPES: dict[str, Callable[[str], Any]] = {
+    field.name: int if field.default is None else type(field.default) for field in fields(Settings)
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +88,12 @@ class Algorithm:
 
     base: str
     own: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        choice(self.base, "the base", _BASES)
+        for name, _ in names(self.own, "its settings", tuple):
+            choice(name, f"{self.base}: the setting", (*_BASES[self.base].own, *_OF_ALL))
+        Settings(**dict(self.own))
 
     def __repr__(self) -> str:
         return f"Algorithm.parse({str(self)!r})"
@@ -152,17 +173,25 @@ class Algorithm:
 
     def process(self, settings: Settings, side: str) -> Process:
         """A process for the factor of `side` ("A" or "G"); its own settings stay, whatever `configure` says."""
+        instance(settings, "settings", Settings)
+        choice(side, "side", ("A", "G"))
         base = _BASES[self.base]
         chosen = {**base.implied, **dict(self.own)}
         # The name itself seeds the draws, through its bytes: `hash` differs from run to run.
         rng = np.random.default_rng([settings.seed, ord(side), *self.process_name.encode()])
         return base.process(replace(settings, **chosen), rng=rng, fixed=tuple(chosen))
 
+    def no_room(self, settings: Settings, d: int, n: int) -> str:
+        """Why a factor (d, d) with n columns an update is too small for it to save anything; "" if it is not."""
+        base = _BASES[self.base]
+        own = {name: value for name, value in self.own if name in base.own}
+        return base.no_room(replace(settings, **own), d, n)
+
     def for_factor(self, settings: Settings, d: int, n: int) -> "Algorithm":
-        """Itself, or `FALLBACK` where it would carry r + n >= d modes of a factor (d, d) (§3.5)."""
-        if not _BASES[self.base].needs_room or self.get("rank", settings.rank) + n < d:
-            return self
-        return FALLBACK.with_settings(continuation=self.get("continuation"))
+        """Itself, or `FALLBACK` where it has no room."""
+        return (
+            FALLBACK.with_settings(continuation=self.get("continuation")) if self.no_room(settings, d, n) else self
+        )
 
 
 def _text(value: Any) -> str:
@@ -170,4 +199,4 @@ def _text(value: Any) -> str:
 
 
 FALLBACK = Algorithm("R-KFAC")
-"""What a factor with r + n >= d gets in place of a process that needs room."""
+"""What a factor gets in place of a process that has no room."""

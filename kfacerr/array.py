@@ -19,6 +19,8 @@ from .stream import Array
 __all__ = [
     "add_to_diagonal",
     "check_columns",
+    "check_power",
+    "check_square",
     "cholesky_inverse",
     "device_array",
     "eigh_descending",
@@ -38,16 +40,18 @@ __all__ = [
 
 
 _ROWS = 256  # of a block
-_LARGE = 4096  # dimension from which on a product by blocks is faster than one
+_LARGE = 2048  # dimension from which on a product by blocks is faster than one
 
 
 def namespace(*arrays: Array) -> Any:
     """The arrays' common array namespace; refuses mixed backends, devices and dtypes."""
     try:
         xp = compat.array_namespace(*arrays)
-    except TypeError as error:
+    except TypeError:
+        xp = None
+    if xp is None or not all(map(compat.is_array_api_obj, arrays)):  # array_namespace takes numbers for neutral
         kinds = ", ".join(type(a).__module__.split(".")[0] + "." + type(a).__name__ for a in arrays)
-        raise InputError(f"arrays of one backend are needed, got {kinds}") from error
+        raise InputError(f"arrays of one backend are needed, got {kinds}")
     if len(arrays) > 1:
         dtypes = {str(a.dtype) for a in arrays}
         if len(dtypes) > 1:
@@ -119,10 +123,27 @@ def check_columns(X: Array, d: int | None = None, what: str = "columns") -> None
         raise InputError(f"{what}: {d} rows are needed, got shape {tuple(X.shape)}")
 
 
+def check_power(power: float) -> None:
+    """Refuses a power p of (M + lam I)^-p that is not in (0, 1]."""
+    if not 0 < power <= 1:
+        raise InputError(f"power must lie in (0, 1], got {power}")
+
+
+def check_square(M: Array, what: str) -> None:
+    """Refuses what is no real floating (d, d) matrix, d >= 1, or has NaN or Inf. Waits for the device."""
+    check_columns(M, what=what)
+    if M.shape[0] != M.shape[1] or M.shape[0] == 0:
+        raise InputError(f"{what}: a square matrix is needed, got shape {tuple(M.shape)}")
+    if not is_finite(M):
+        raise InputError(f"{what}: NaN or Inf (in the columns, or by overflow of {M.dtype})")
+
+
 def is_finite(X: Array) -> bool:
     """Whether X has neither NaN nor Inf. Waits for the device."""
     xp = compat.array_namespace(X)
-    return bool(xp.all(xp.isfinite(X)))
+    if 0 in X.shape:
+        return True
+    return bool(xp.isfinite(xp.max(X)) & xp.isfinite(xp.min(X)))  # NaN passes through both, at one pass each
 
 
 def to_dtype(X: Array, dtype: Any) -> Array:
@@ -187,10 +208,9 @@ def eigh_descending(K: Array, what: str = "matrix") -> tuple[Array, Array]:
         InputError: K has NaN or Inf entries (its columns had, or overflowed), or the EVD has.
     """
     xp = compat.array_namespace(K)
-    if not bool(xp.all(xp.isfinite(K))):
-        raise InputError(f"{what}: NaN or Inf (in the columns, or by overflow of {K.dtype})")
+    check_square(K, what)
     w, V = xp.linalg.eigh(K)
-    if not bool(xp.all(xp.isfinite(w)) & xp.all(xp.isfinite(V))):
+    if not (is_finite(w) and is_finite(V)):
         raise InputError(f"{what}: the EVD in {K.dtype} gave NaN or Inf")
     return xp.flip(w, axis=0), xp.flip(V, axis=1)
 

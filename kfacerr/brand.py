@@ -26,6 +26,7 @@ import array_api_compat as compat
 import numpy as np
 
 from .array import check_columns, device_array, eigh_descending, eps, namespace, product_into, to_numpy
+from .checks import instance, positive
 from .exceptions import InputError
 from .lowrank import LowRank, null_level, without_null
 from .stream import Array
@@ -115,7 +116,8 @@ def symmetric_brand(
     Raises:
         InputError: shapes, dtypes or backends do not fit, or NaN or Inf in the columns.
     """
-    check_columns(A, None if X is None else X.d)
+    positive(decay, "the decay", or_zero=True)
+    check_columns(A, None if X is None else instance(X, "X", LowRank).d)
     if X is None or X.m == 0:
         return _once_more(*_evd_of_gram(A, None, A.T @ A))
     xp = namespace(X.basis, A)
@@ -212,15 +214,18 @@ def _evd_of_gram(Y: Array, scale: Array | None, gram: Array) -> tuple[LowRank, n
     kept = without_null(L, unit, p) > 2 * p**0.5 * eps(Y) * graded
     one = xp.ones_like(L)
     inverse_root = xp.where(kept, 1 / xp.sqrt(xp.where(kept, L, one)), 0 * one)
-    # Sorting again: a null mode may stand before a tiny one that is real.
     L = xp.where(kept, L, 0 * one)
-    order = xp.argsort(L, descending=True, stable=True)
-    mix = xp.take(s[:, None] * V * inverse_root[None, :], order, axis=1)
+    mix = s[:, None] * V * inverse_root[None, :]
     top = xp.max(L) * one
     small = xp.minimum(xp.sqrt(L / xp.where(top > 0, top, one)) * unit**-0.25, one)  # `_graded_evd`
     loss = xp.maximum(eps(Y) * graded, unit * top * small)
-    doubt = to_numpy(xp.take(kept & (loss > DOUBT * eps(Y) * L), order))
-    return LowRank(Y, xp.astype(xp.take(L, order), Y.dtype), xp.astype(mix, Y.dtype)), doubt
+    doubt = to_numpy(kept & (loss > DOUBT * eps(Y) * L))
+    values = to_numpy(L)
+    if (np.diff(values) > 0).any():  # a null mode stands before a tiny one that is real
+        order = np.argsort(-values, stable=True)
+        doubt, order = doubt[order], device_array(order, Y)
+        L, mix = xp.take(L, order), xp.take(mix, order, axis=1)
+    return LowRank(Y, xp.astype(L, Y.dtype), xp.astype(mix, Y.dtype)), doubt
 
 
 def _graded_evd(K: Array) -> tuple[Array, Array]:

@@ -26,9 +26,10 @@ any estimate that stood still while M moved on: then only M_k >= rho^j M_{k-j}.
 - In any state, s <= F <= N, F^2 <= N s, and, of d eigenvalues with given sum and sum of squares, the largest is at
   most N/d + sqrt((d - 1)/d (F^2 - N^2/d)) (Wolkowicz & Styan 1980), which is much less than F for a flat tail.
 
-**The inverse.** f(t) = 1/lam - 1/(t + lam) is operator monotone on [0, inf) with f(0) = 0, so for p.s.d. M and M~
-at one damping |||(M~ + lam I)^-1 - (M + lam I)^-1||| <= |||f(|E|)||| in every unitarily invariant norm (Ando
-1988); it is attained where M~ E = 0. See `inverse_bound`, and `Certificate.continued` for a continuation.
+**The inverse**, or its power p in (0, 1]. f(t) = lam^-p - (t + lam)^-p is operator monotone on [0, inf) with
+f(0) = 0, so for p.s.d. M and M~ at one damping |||(M~ + lam I)^-p - (M + lam I)^-p||| <= |||f(|E|)||| in every
+unitarily invariant norm (Ando 1988); it is attained where M~ E = 0. See `inverse_bound`, and
+`Certificate.continued` for a continuation.
 
 **Rounding.** All this is about exact arithmetic. `rounding` bounds, on the scale eps t_k, what the computed
 representation, its trace and the scalar recursions may be off by: every update adds what its products and its EVD
@@ -51,12 +52,15 @@ t_k - sum D, and s and F take them from there.
 squares. A certificate holds wherever in the dtype's range M lies.
 """
 
+import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import scipy.optimize
 
-from .array import eps, namespace, norm
+from .array import check_power, eps, namespace, norm
 from .lowrank import LowRank
 from .stream import Array
 
@@ -72,7 +76,7 @@ FLOAT64 = float(np.finfo(np.float64).eps)
 
 
 class InverseBound(NamedTuple):
-    """Bounds on the spectral and Frobenius norm of (M~ + lam I)^-1 - (M + lam I)^-1, 0-d arrays."""
+    """Bounds on the spectral and Frobenius norm of (M~ + lam I)^-p - (M + lam I)^-p, 0-d arrays."""
 
     spectral: Array
     frobenius: Array
@@ -208,49 +212,89 @@ class Certificate:
             exact=False,
         )._tightened()
 
-    def inverse_bound(self, lam: Array) -> InverseBound:
-        """Of (M~ + lam I)^-1 - (M + lam I)^-1, both with one lam > 0 and computed exactly.
+    def inverse_bound(self, lam: Array, power: float = 1.0) -> InverseBound:
+        """Of (M~ + lam I)^-p - (M + lam I)^-p, both with one lam > 0 and computed exactly.
 
-        Spectral: f(s) = s/(lam (lam + s)), attained.
+        With x_i = t_i/lam for the eigenvalues t_i of |E|, the norms of f(|E|) are lam^-p times those of g(x_i),
+        g(x) = 1 - (1 + x)^-p. Spectral: g(s/lam), attained.
 
-        Frobenius: with x_i = t_i/lam for the eigenvalues t_i of |E|, ||f(E)||_F^2 = sum h(x_i)/lam^2, with
-        h(x) = (x/(1 + x))^2. Given sum x_i = nu and x_i <= sigma: h(x)/x = x/(1 + x)^2 grows up to x = 1, where it
-        is 1/4, and h is concave beyond. So the least concave function above h on [0, sigma] is the chord from 0 to
-        u = min(sigma, 1), of slope u/(1 + u)^2, and h itself from u on, and by Jensen the maximum is at most d
-        times its value at nu/d: sharp, with eigenvalues u and 0 (nu <= u d; sharp where nu/u is an integer)
-        or all equal (nu > d). Given sum x_i^2 = phi^2: h is concave as a function of x^2, with derivative
-        1/(1 + x)^3, so the maximum is d h(phi/d^(1/2)): sharp, all equal, and never more than phi^2. The smaller
-        of the two is taken.
+        Frobenius: the sum of h(x_i), h = g^2. Given sum x_i = nu and x_i <= sigma: h(x)/x grows up to x_p
+        (`_turn`), which is 1 for p = 1, and h is concave beyond. So the least concave function above h on
+        [0, sigma] is the chord from 0 to u = min(sigma, x_p), of slope h(u)/u, and h itself from u on, and by
+        Jensen the maximum is at most d times its value at nu/d: sharp, with eigenvalues u and 0 (nu <= u d; sharp
+        where nu/u is an integer) or all equal (nu > u d). Given sum x_i^2 = phi^2: h is concave as a function of
+        x^2, with derivative g g'/x, so the maximum is d h(phi/d^(1/2)): sharp, all equal. The smaller is taken.
+        docs/mathematics/certificates.md has the proofs.
+
+        Args:
+            lam: the damping.
+            power: p, in (0, 1]: 1 for K-FAC, 1/2 or 1/4 for Shampoo.
+
+        Returns:
+            Both bounds.
+
+        Raises:
+            InputError: a power out of range.
         """
-        spectral, frobenius = self._damped(lam)
-        return InverseBound(spectral / lam, frobenius / lam)
+        spectral, frobenius = self._damped(lam, power)
+        return InverseBound(spectral / lam**power, frobenius / lam**power)
 
-    def _damped(self, lam: Array) -> InverseBound:
-        """`inverse_bound` times lam: numbers without a dimension."""
+    def _damped(self, lam: Array, power: float) -> InverseBound:
+        """`inverse_bound` times lam^p: numbers without a dimension."""
+        check_power(power)
         xp = namespace(self.nuclear)
-        root, mean = self.d**0.5, (self.nuclear + self.rounding) / self.d
+        root, mean, turn = self.d**0.5, (self.nuclear + self.rounding) / self.d, _turn(power)
 
-        def f(t: Array) -> Array:
-            return t / (lam + t)  # h(x)^(1/2)
+        def g(t: Array) -> Array:
+            return t / (lam + t) if power == 1 else -xp.expm1(-power * xp.log1p(t / lam))
 
-        u = xp.minimum(self.spectral, lam) / lam
-        chord = xp.sqrt(xp.minimum(mean, lam) / lam) * xp.sqrt(u) / (1 + u)
-        by_trace = root * xp.where(mean > lam, f(mean), chord)
-        return InverseBound(f(self.spectral), xp.minimum(by_trace, root * f(self.frobenius / root)))
+        u = xp.minimum(self.spectral, turn * lam)
+        slope = g(u) / xp.sqrt(xp.where(u > 0, u, lam))  # to be taken times t^(1/2)
+        chord = xp.sqrt(xp.minimum(mean, turn * lam)) * slope
+        by_trace = root * xp.where(mean > turn * lam, g(mean), chord)
+        return InverseBound(g(self.spectral), xp.minimum(by_trace, root * g(self.frobenius / root)))
 
-    def relative_inverse_bound(self, low: LowRank, lam: Array, tau: Array | None = None) -> Array:
-        """A bound on metric 1 of §4.2, ||(M~ + lam I)^-1 - R||_F / ||R||_F with R = (M + lam I)^-1.
+    def relative_inverse_bound(
+        self, low: LowRank, lam: Array, tau: Array | None = None, power: float = 1.0
+    ) -> Array:
+        """A bound on metric 1 of §4.2, ||(M~ + lam I)^-p - R||_F / ||R||_F with R = (M + lam I)^-p.
 
-        By the triangle inequality ||R||_F >= ||(M~ + lam I)^-1||_F - b with b the absolute bound, of this
+        By the triangle inequality ||R||_F >= ||(M~ + lam I)^-p||_F - b with b the absolute bound, of this
         certificate or of the continued one. Infinite where b leaves nothing.
+
+        Args:
+            low: M~ without its continuation.
+            lam: the damping.
+            tau: level of the continuation, None for none.
+            power: p, in (0, 1].
+
+        Returns:
+            0-d array.
+
+        Raises:
+            InputError: a power out of range.
         """
         xp = namespace(self.nuclear)
         level = 0 * self.nuclear if tau is None else tau
-        present = xp.where(low.D > 0, lam / (low.D + lam), 0 * low.D)
-        held = xp.hypot(norm(present), xp.sqrt(low.d - low.modes) * lam / (level + lam))
-        bound = (self if tau is None else self.continued(tau, low))._damped(lam).frobenius
+        present = xp.where(low.D > 0, (lam / (low.D + lam)) ** power, 0 * low.D)
+        held = xp.hypot(norm(present), xp.sqrt(low.d - low.modes) * (lam / (level + lam)) ** power)
+        bound = (self if tau is None else self.continued(tau, low))._damped(lam, power).frobenius
         left = held - bound
         return xp.where(left > 0, bound / xp.where(left > 0, left, 1 + 0 * left), float("inf") + 0 * left)
+
+
+@cache
+def _turn(power: float) -> float:
+    """x_p > 0, up to where g(x)^2/x grows, g(x) = 1 - (1 + x)^-p: the root of (1 + x)^(p + 1) - (1 + x) = 2 p x.
+
+    The left side less the right is convex, 0 at 0 and falls there; at x = 4 it is positive for all p in (0, 1].
+    """
+
+    def excess(x: float) -> float:
+        return (1 + x) * math.expm1(power * math.log1p(x)) - 2 * power * x
+
+    inflection = ((2 * power + 1) / (power + 1)) ** (1 / power) - 1  # of g^2, which is convex up to there
+    return float(scipy.optimize.brentq(excess, inflection, 4.0, xtol=1e-14))
 
 
 def _mean(a: Array, b: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The command line: `kfacerr replay`, `report`, `advise`, `verify` and `info`.
+"""The command line: `kfacerr replay`, `report`, `advise`, `verify`, `inspect` and `info`.
 
 pandas, matplotlib and h5py are imported by the commands that need them: `kfacerr --help` is to answer at once.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from . import __version__
 from .algorithms import SEVEN
-from .command import Parser, check_at_least, run
+from .command import Parser, check_at_least, path, run, say
 from .exceptions import InputError
 from .files import check_outputs, write_csv
 from .inverse import CONTINUATIONS, ESCAPED, check_phi
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="kfacerr", description="How wrong is a cheap K-FAC inverse?")
     parser.add_argument("--version", action="version", version=f"kfacerr {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_replay, _add_report, _add_advise, _add_verify, _add_info):
+    for add in (_add_replay, _add_report, _add_advise, _add_verify, _add_inspect, _add_info):
         add(commands)
     # What overflows is found where it matters, in the results, and said once.
     with np.errstate(all="ignore"):
@@ -47,7 +47,7 @@ def _add_command(
     """A sub-command that takes a recording."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary)
     parser.set_defaults(command=command)
-    parser.add_argument("recording", type=Path, metavar="REC", help="a K-factor recording (HDF5)")
+    parser.add_argument("recording", type=path, metavar="REC", help="a K-factor recording (HDF5)")
     return parser
 
 
@@ -75,7 +75,7 @@ def _info(arguments: argparse.Namespace) -> int:
     if layers or not faults:
         print(_markdown(layers) if layers else "no layers")
     for fault in faults:
-        print(f"kfacerr: {fault}", file=sys.stderr)
+        say(f"kfacerr: {fault}")
     return 2 if faults else 0
 
 
@@ -97,6 +97,55 @@ def _window(window: dict[str, int | None]) -> str:
     first = window["first_recorded"]
     late = "" if first in (None, window["start"]) else f" from {first} on"
     return f"{window['start']}+{window['length']} (epoch {window['epoch']}{missing}{late})"
+
+
+# ------------------------------------------------------------------------------------------------- inspect
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = commands.add_parser("inspect", help="audit K-factors that other libraries saved")
+    parser.set_defaults(command=_inspect)
+    add = parser.add_argument
+    add(
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="a file or folder of factors (kronfluence, bergson, torch.save, ...)",
+    )
+    add(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="truncation rank r (default: an eighth of the smaller dimension, 4 to 220)",
+    )
+    add("--phi", type=float, default=0.1, help="damping ratio")
+    add("--gradients", type=Path, metavar="FILE", help="a gradient (d_G, d_A) by layer, to measure steps on")
+    add("--out", type=Path, metavar="CSV", help="the table of factors")
+    add("--html", type=Path, metavar="FILE", help="the audit as one page")
+    add("--plot", type=Path, metavar="FILE", help="a figure of the spectra (pdf, png, svg)")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from .inspection import inspect
+
+    written = {"--out": arguments.out, "--html": arguments.html, "--plot": arguments.plot}
+    written = {option: path for option, path in written.items() if path is not None}
+    if arguments.plot is not None:
+        from .plot import check_format
+
+        check_format(arguments.plot)
+    check_outputs(written, {"what is inspected": arguments.path})
+    check_at_least(rank=(arguments.rank, 1))
+    found = inspect(arguments.path, rank=arguments.rank, phi=arguments.phi, gradients=arguments.gradients)
+    if arguments.out is not None:
+        found.to_csv(arguments.out)
+    if arguments.html is not None:
+        found.to_html(arguments.html)
+    if arguments.plot is not None:
+        from .plot import save
+
+        save(found.plot(), arguments.plot)
+    print(found)
 
 
 # -------------------------------------------------------------------------------------------------- verify
@@ -145,7 +194,7 @@ def _add_report(commands: Any) -> None:
     _add_settings(add.add_argument, rank="an eighth of the smaller dimension, 4 to 220")
     add.add_argument("--layer", nargs="+", metavar="NAME", help="the layers (default: all that have windows)")
     add.add_argument("--algorithms", nargs="+", default=list(SEVEN), metavar="NAME", help=_NAMES)
-    add.add_argument("--out", required=True, type=Path, metavar="HTML", help="the report")
+    add.add_argument("--out", required=True, type=path, metavar="HTML", help="the report")
 
 
 def _report_page(arguments: argparse.Namespace) -> None:
@@ -169,8 +218,8 @@ def _add_advise(commands: Any) -> None:
     budget = "ms per iteration (20), or a multiple of what SGD spends on the layer (1.5x)"
     add.add_argument("--budget", help=f"{budget}; default: 4x")
     add.add_argument("--algorithms", nargs="+", metavar="NAME", help="candidates (default: a choice by the sizes)")
-    add.add_argument("--out", required=True, type=Path, metavar="CSV", help="the table of candidates")
-    add.add_argument("--plot", type=Path, metavar="FILE", help="a figure of the frontier (pdf, png, svg)")
+    add.add_argument("--out", required=True, type=path, metavar="CSV", help="the table of candidates")
+    add.add_argument("--plot", type=path, metavar="FILE", help="a figure of the frontier (pdf, png, svg)")
 
 
 def _advise(arguments: argparse.Namespace) -> None:
@@ -231,8 +280,8 @@ def _add_replay(commands: Any) -> None:
     add("--algorithms", nargs="+", default=list(SEVEN), metavar="NAME", help=_NAMES)
     add("--backend", choices=tuple(_BACKENDS), default="numpy", help="where to compute")
     add("--dtype", choices=("float64", "float32"), default="float64", help="to compute in")
-    add("--out", required=True, type=Path, metavar="CSV", help="the error table")
-    add("--plot", type=Path, metavar="FILE", help="a figure of the four metrics (pdf, png, svg)")
+    add("--out", required=True, type=path, metavar="CSV", help="the error table")
+    add("--plot", type=path, metavar="FILE", help="a figure of the four metrics (pdf, png, svg)")
 
 
 def _replay(arguments: argparse.Namespace) -> None:
@@ -273,7 +322,7 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 
 def _partial(out: Path) -> Path:
     """Where rows are kept if something goes wrong."""
-    return out.with_name(out.name + ".partial")
+    return out.parent / f"{out.name}.partial"
 
 
 def _measure(

@@ -6,21 +6,24 @@
         return run("timing", parser, _run, argv)
 
 A failure is one line on stderr that begins with the program's name. The exit status is 0, or what the command
-returns; 2 after bad input; 128 + the signal's number after Ctrl-C (130), SIGTERM, SIGHUP or a closed pipe (141).
+returns; 2 after bad input, or where a file or the output cannot be written; 128 + the signal's number after Ctrl-C
+(130), SIGTERM, SIGHUP or a closed pipe (141).
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
+from .checks import path_of
 from .exceptions import InputError
 
-__all__ = ["Parser", "check_at_least", "run"]
+__all__ = ["Parser", "check_at_least", "path", "run", "say"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,12 +70,19 @@ def run(
 
     Returns:
         The exit status, see the module.
+
+    Raises:
+        SystemExit: of the parser, after its help or an error of its own.
     """
-    arguments = parser.parse_args(argv)
+    _prepare_streams()
     try:
         with _signals_raise():
-            status = function(arguments)
-            sys.stdout.flush()  # here, where a closed pipe is caught
+            try:
+                status = function(parser.parse_args(argv))
+            except SystemExit:  # of the parser, whose help may be all that is printed
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()  # here, where a closed pipe or a full disk is caught
     except InputError as error:
         return _failed(program, str(error), error, 2)
     except _Stopped as error:
@@ -80,9 +90,49 @@ def run(
     except KeyboardInterrupt as error:
         return _failed(program, "interrupted", error, 128 + signal.SIGINT)
     except BrokenPipeError:  # `kfacerr info | head`: whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        _give_up_stdout()
         return 141  # 128 + SIGPIPE, which Windows has not
+    except OSError as error:  # of no file that we name ourselves: standard output on a full disk, first of all
+        _give_up_stdout()
+        where = error.filename or "the output"
+        return _failed(program, f"{where}: cannot be read or written: {error.strerror or error}", error, 2)
+    except MemoryError as error:
+        return _failed(program, f"the memory does not suffice: {error or 'a smaller rank or layer may'}", error, 2)
     return status or 0
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr; a stderr that is full or gone is no reason to lose the work."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _prepare_streams() -> None:
+    """Standard streams that take what is written: all letters, in whatever encoding, and nothing where closed.
+
+    A closed one (`>&-`) is opened as the null device: else the next file would get its number, and stray output.
+    """
+    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            mode = "r" if number == 0 else "w"
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+        elif number > 0 and getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _give_up_stdout() -> None:
+    """What is left in its buffer goes nowhere; at the exit nobody would catch it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
 
 
 def check_at_least(**options: tuple[float | None, float]) -> None:
@@ -103,6 +153,14 @@ def check_at_least(**options: tuple[float | None, float]) -> None:
             raise InputError(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
 
 
+def path(text: str) -> Path:
+    """The type of an option that names a file or folder."""
+    try:
+        return path_of(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 class _Stopped(KeyboardInterrupt):
     """A signal that asks to end, on the path of Ctrl-C."""
 
@@ -114,7 +172,7 @@ class _Stopped(KeyboardInterrupt):
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
     """Within it SIGTERM and SIGHUP raise `_Stopped`, once; a signal that is ignored (nohup) stays so."""
 
@@ -136,5 +194,5 @@ def _signals_raise() -> Iterator[None]:
 
 def _failed(program: str, message: str, error: BaseException, status: int) -> int:
     line = "; ".join([message, *getattr(error, "__notes__", ())])
-    print(f"{program}: {' '.join(line.splitlines())}", file=sys.stderr)
+    say(f"{program}: {' '.join(line.splitlines())}")
     return status

@@ -3,7 +3,9 @@
 import array_api_compat as compat
 import numpy as np
 
-from .array import device_array, eigh_descending, namespace
+from .array import check_square, device_array, eigh_descending, namespace
+from .checks import instance
+from .exceptions import InputError
 from .lowrank import LowRank
 from .stream import Array
 
@@ -23,11 +25,21 @@ def correct(X: LowRank, M: Array, idx: np.ndarray) -> LowRank:
 
     Returns:
         m modes, sorted again.
+
+    Raises:
+        InputError: M is no matrix of X's kind and size, or idx are no distinct column numbers.
     """
-    if len(idx) == 0:
+    instance(X, "X", LowRank)
+    check_square(M, "EA factor")
+    idx = np.asarray(idx)
+    if len(idx.shape) == 1 and idx.size == 0:
         return X
+    if len(idx.shape) != 1 or idx.dtype.kind not in "iu" or len({*idx.tolist(), *range(X.m)}) != X.m:
+        raise InputError(f"idx: some of the column numbers 0..{X.m - 1} are needed, got {idx.tolist()}")
+    if M.shape[0] != X.d or len(set(idx.tolist())) != len(idx):
+        raise InputError(f"a factor of order {X.d} and distinct columns are needed, got {M.shape[0]} and {idx}")
     xp = namespace(X.basis, M)
-    chosen = device_array(np.asarray(idx, dtype=np.int64), M)
+    chosen = device_array(idx.astype(np.int64), M)
     rest = device_array(np.setdiff1d(np.arange(X.m), idx).astype(np.int64), M)
     columns = X.basis if X.mix is None else X.mix  # rotating columns of U is rotating columns of mix
     picked = xp.take(columns, chosen, axis=1)

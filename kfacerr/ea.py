@@ -3,6 +3,7 @@
 from typing import Any
 
 from .array import check_columns, namespace, rank_k_update
+from .checks import is_number
 from .exceptions import InputError
 from .stream import Array
 
@@ -11,6 +12,8 @@ __all__ = ["EAFactor", "check_rho", "mean_square"]
 
 def check_rho(rho: float) -> None:
     """Refuses a decay outside (0, 1)."""
+    if not is_number(rho):
+        raise InputError(f"rho must be a number, got {rho!r}")
     if not 0 < rho < 1:
         raise InputError(f"decay rho must lie in (0, 1), got {rho}")
 

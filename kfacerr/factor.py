@@ -13,9 +13,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from .array import check_columns, failures, is_finite, map_arrays, namespace, scaled, to_dtype
+from .checks import choice, instance, names, whole
 from .ea import EAFactor
 from .exceptions import InputError
-from .inverse import DampedInverse, DenseInverse, Exact, damped_inverse, exact_inverse
+from .inverse import DampedInverse, DenseInverse, Exact, check_continuation, damped_inverse, exact_inverse
 from .process import Estimate, Process
 from .stream import Array
 
@@ -49,7 +50,9 @@ class KFactor:
 
     def __init__(self, side: str, processes: Mapping[str, Process], rho: float, *, dense: bool = False) -> None:
         self.side = side
-        self.processes = dict(processes)
+        self.processes = dict(instance(processes, "processes", Mapping))
+        for name, process in self.processes.items():
+            instance(process, f"process {name!r}", Process)
         self.average = EAFactor(rho)
         self.unit: float | None = None
         self._dense = dense
@@ -125,6 +128,7 @@ class KFactor:
         *,
         active: Collection[str] | None = None,
         gram: Array | None = None,
+        total: Mapping[str, Array] | None = None,
         finite: bool = False,
     ) -> None:
         """Iteration k of (8) and of the processes, with columns X (d, n).
@@ -136,14 +140,17 @@ class KFactor:
             X: its columns.
             active: the processes that take part; all by default.
             gram: X X^T in the factor's unit, to be absorbed in place of X's own (several processes' sum).
+            total: what a process that `adds` takes in place of X's own share (several processes' sum).
             finite: the caller has seen that X is finite.
 
         Raises:
             InputError: X is refused by `admit`, and nothing is changed; or a decomposition failed, after all else
                 has been done.
         """
+        whole(k, "k")
         X = self.admit(X, finite=finite)
-        chosen = {name: p for name, p in self.processes.items() if active is None or name in active}
+        wanted = self.processes if active is None else names(active, "active")
+        chosen = {choice(name, "process", self.processes): self.processes[name] for name in wanted}
         before = {name: process.state_dict() for name, process in chosen.items()}
         failed: dict[str, Exception] = {}
 
@@ -156,7 +163,10 @@ class KFactor:
 
         attempt(lambda process, x, average: process.begin(k, average))
         self.absorb(X, gram=gram)
-        attempt(lambda process, x, average: process.update(k, x, average))
+        if total is None:
+            attempt(lambda process, x, average: process.update(k, x, average))
+        else:
+            attempt(lambda process, x, average: process.take(k, total))
         for name, failure in failed.items():
             reason = " ".join(str(failure).split())
             raise InputError(f"{self.side}: {name}: {reason}") from failure
@@ -202,7 +212,8 @@ class KFactor:
             InputError: it cannot be made, in float64 neither. It is not tried again before something changes:
                 until then the previous one is returned.
         """
-        estimate = self.processes[name].estimate
+        check_continuation(continuation)
+        estimate = self.processes[choice(name, "process", self.processes)].estimate
         if estimate is None or estimate.lowrank.m == 0:
             return None
         held = self._inverses.get((name, continuation))

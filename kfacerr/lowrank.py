@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .array import namespace
+from .checks import whole
+from .exceptions import InputError
 from .stream import Array
 
 __all__ = ["LowRank", "null_level", "without_null"]
@@ -55,6 +57,13 @@ class LowRank:
     D: Array
     mix: Array | None = None
 
+    def __post_init__(self) -> None:
+        basis, D = (tuple(getattr(X, "shape", ())) for X in (self.basis, self.D))
+        mix = basis[1:] * 2 if self.mix is None else tuple(getattr(self.mix, "shape", ()))
+        if len(basis) != 2 or basis[1:] + D != mix:
+            told = ", ".join(map(str, (basis, D) if self.mix is None else (basis, D, mix)))
+            raise InputError(f"a basis (d, p), D (m,) and mix (p, m), or p = m without, are needed, got {told}")
+
     def __repr__(self) -> str:
         return f"<kfacerr LowRank: d={self.d}, m={self.D.shape[0]}>"
 
@@ -97,6 +106,7 @@ class LowRank:
 
     def truncate(self, r: int) -> "LowRank":
         """The r leading modes: the optimal rank-r truncation in every unitarily invariant norm."""
+        whole(r, "the rank r")
         if self.mix is None:
             return self if r >= self.m else LowRank(self.basis[:, :r], self.D[:r])
         kept = min(r, self.m)

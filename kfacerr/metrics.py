@@ -9,7 +9,8 @@ are 1e-10.
 import array_api_compat as compat
 
 from .array import namespace, norm
-from .inverse import DampedInverse, Inverse
+from .exceptions import InputError
+from .inverse import DampedInverse, Inverse, check_applies
 from .stream import Array
 
 __all__ = ["METRICS", "ROUNDING", "angle_error", "inverse_error", "norm_error", "step_coordinates"]
@@ -28,6 +29,8 @@ def inverse_error(inverse: Inverse, reference: Inverse) -> float:
 
     Both are symmetric: of each block of rows only what stands from the diagonal on is computed.
     """
+    check_applies(inverse)
+    check_applies(reference, inverse.d)
     R = reference.dense()
     xp = namespace(R)
     d = R.shape[0]
@@ -51,6 +54,12 @@ def _block(inverse: DampedInverse, start: int, stop: int) -> Array:
     count = stop - start
     block[:, :count] += inverse.shift * xp.eye(count, dtype=block.dtype, device=compat.device(block))
     return block
+
+
+def _check_alike(S: Array, reference: Array) -> None:
+    namespace(S, reference)
+    if S.shape != reference.shape:
+        raise InputError(f"steps of one shape are needed, got {tuple(S.shape)} and {tuple(reference.shape)}")
 
 
 def step_coordinates(P: Array, Q: Array, P_ref: Array, Q_ref: Array) -> tuple[Array, Array]:
@@ -79,7 +88,7 @@ def step_coordinates(P: Array, Q: Array, P_ref: Array, Q_ref: Array) -> tuple[Ar
 
 def norm_error(S: Array, reference: Array) -> float:
     """Metric (3): ||s~ - s_ref||_F / ||s_ref||_F; 0 if both steps vanish, inf if only the reference does."""
-    namespace(S, reference)
+    _check_alike(S, reference)
     difference, size = float(norm(S - reference)), float(norm(reference))
     if size == 0:
         return 0.0 if difference == 0 else float("inf")
@@ -88,7 +97,7 @@ def norm_error(S: Array, reference: Array) -> float:
 
 def angle_error(S: Array, reference: Array) -> float:
     """Metric (4): 1 - cos(s~, s_ref) = |s~/|s~| - s_ref/|s_ref||^2 / 2; 0 if both vanish, 1 if one does."""
-    namespace(S, reference)
+    _check_alike(S, reference)
     size, other = norm(S), norm(reference)
     if size == 0 or other == 0:
         return 0.0 if size == other else 1.0

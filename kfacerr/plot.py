@@ -4,7 +4,7 @@ No global matplotlib state is touched. The same table gives the same file, byte 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ __all__ = [
     "error_curves",
     "error_figure",
     "frontier_figure",
+    "plain",
     "save",
+    "spectrum_figure",
     "style",
 ]
 
@@ -159,14 +161,14 @@ def error_figure(
                     axes[row, column].set_xlabel("iteration in the window", fontsize=8)
             axes[row, 0].set_ylabel(f"{label}\nerror", fontsize=8)
         handles = [
-            Line2D([], [], color=colour, linestyle=line, linewidth=1.2, label=name, **_marker(i))
+            Line2D([], [], color=colour, linestyle=line, linewidth=1.2, label=plain(name), **_marker(i))
             for i, (name, (colour, line)) in enumerate(styles.items())
         ]
         figure.legend(
             handles=handles, loc="outside lower center", ncols=4, fontsize=7, frameon=False, handlelength=3.4
         )
         if title:
-            figure.suptitle(title, fontsize=8)
+            figure.suptitle(plain(title), fontsize=8)
     return figure
 
 
@@ -199,7 +201,66 @@ def _panel(ax: Any, curves: pd.DataFrame, styles: dict[str, tuple[str, Any]], bl
     ax.margins(x=0)
 
 
+FLOOR = 1e-10
+"""Of a spectrum's panel, over lambda_max: below is rounding."""
+
+
+def spectrum_figure(
+    spectra: Mapping[str, Mapping[str, np.ndarray]], phi: float, *, title: str = "", dark: bool = False
+) -> Figure:
+    """Eigenvalues over the largest one, and the damping: a panel a side, a curve a layer.
+
+    Args:
+        spectra: by layer and side, descending; empty where there is none.
+        phi: damping ratio, drawn as a line.
+        title: one line above the figure.
+        dark: for a dark background.
+
+    Returns:
+        The figure; `save` writes it.
+    """
+    sides = list(dict.fromkeys(side for layer in spectra.values() for side in layer))
+    colours = mpl.colormaps["viridis"](np.linspace(0.2 if dark else 0.0, 1.0 if dark else 0.8, len(spectra)))
+    with mpl.rc_context(_DARK if dark else {}):
+        figure = Figure(figsize=(4.5 * len(sides), 3.2), layout="constrained")
+        for ax, side in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides, strict=True):
+            for colour, (layer, held) in zip(colours, spectra.items(), strict=True):
+                w = held.get(side, np.empty(0))
+                if w.size and w[0] > 0:
+                    level = np.where(w > FLOOR * w[0], w / w[0], np.nan)
+                    ax.plot(
+                        np.arange(1, len(w) + 1),
+                        level,
+                        color=colour,
+                        linewidth=1.2,
+                        label=layer,
+                        marker=".",
+                        markersize=2,
+                    )
+            ax.axhline(phi, color="#D55E00", linewidth=0.8, linestyle="--", label=f"damping, phi = {phi:g}")
+            ax.set(
+                xscale="log",
+                yscale="log",
+                xlabel="i",
+                ylabel=r"$\lambda_i / \lambda_1$",
+                title=f"side {side}".strip(),
+            )
+            ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            ax.minorticks_off()
+        if len(spectra) <= 12:
+            figure.axes[-1].legend(fontsize=7, frameon=False)
+        if title:
+            figure.suptitle(title, fontsize=9)
+    return figure
+
+
 _UNDATED: dict[str, dict[str, None]] = {".pdf": {"CreationDate": None}, ".png": {}, ".svg": {"Date": None}}
+
+
+def plain(text: str) -> str:
+    """Text as it stands: matplotlib takes what stands between two dollars for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def check_format(path: Path) -> None:
@@ -249,12 +310,12 @@ def frontier_figure(table: pd.DataFrame, budget: float, choice: str, *, title: s
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.tick_params(labelsize=8)
         ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
-    names = [f"{i + 1}  {row.algorithm}" for i, row in enumerate(front.itertuples())]
+    names = [plain(f"{i + 1}  {row.algorithm}") for i, row in enumerate(front.itertuples())]
     handles, labels = figure.axes[0].get_legend_handles_labels()
     blank = Line2D([], [], linestyle="none")
     figure.legend(
         [*handles, *[blank] * len(names)], [*labels, *names], loc="outside right upper", fontsize=7, frameon=False
     )
     if title:
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(plain(title), fontsize=9)
     return figure

@@ -10,12 +10,14 @@ and reads `process.estimate`. A process of your own is a subclass of `Process`; 
 after the first `update`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from .certificate import Certificate
+from .checks import instance, is_number, names, switch, whole
 from .ea import EAFactor, check_rho
 from .exceptions import InputError
 from .inverse import check_continuation, representation
@@ -23,7 +25,7 @@ from .lowrank import LowRank
 from .rsvd import check_sketch
 from .stream import Array
 
-__all__ = ["Clock", "Cost", "Estimate", "Process", "Settings", "is_number"]
+__all__ = ["Clock", "Cost", "Estimate", "Process", "Settings"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Settings:
         T_rsvd: iterations between overwritings by an RSVD.
         T_corct: iterations between corrections.
         s: columns of N-KFAC's sketch; 0 for twice the rank.
-        T_base: iterations between re-basings of that sketch; 0 for never.
+        T_base: iterations between re-basings of that sketch; 0 for never, None for one in 5 updates.
         accumulate: Brand updates take the batches that T_brand skips, too, instead of dropping them.
         continuation: of the spectrum, see `kfacerr.inverse`.
         seed: of the random draws; every algorithm has a stream of its own, so that adding one changes no other.
@@ -62,7 +64,7 @@ class Settings:
     T_rsvd: int = 50
     T_corct: int = 50
     s: int = 0
-    T_base: int = 50
+    T_base: int | None = None
     accumulate: bool = False
     continuation: str = "min"
     seed: int = 0
@@ -70,15 +72,12 @@ class Settings:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if not is_number(value) or value % 1 or not least <= value < float("inf"):
-                raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
-            object.__setattr__(self, name, int(value))
-        for name in ("rho", "phi_corct"):
-            if not is_number(getattr(self, name)):
-                raise InputError(f"{name} must be a number, got {getattr(self, name)!r}")
+            if value is not None or name != "T_base":
+                object.__setattr__(self, name, whole(value, name, least))
         check_rho(self.rho)
-        if not 0 < self.phi_corct <= 1:
-            raise InputError(f"phi_corct must lie in (0, 1], got {self.phi_corct}")
+        if not is_number(self.phi_corct) or not 0 < self.phi_corct <= 1:
+            raise InputError(f"phi_corct must lie in (0, 1], got {self.phi_corct!r}")
+        switch(self.accumulate, "accumulate")
         check_sketch(self.sketch)
         check_continuation(self.continuation)
 
@@ -86,11 +85,6 @@ class Settings:
 _LEAST = dict.fromkeys(("oversampling", "n_pwr_it", "s", "T_base", "seed"), 0) | dict.fromkeys(
     ("rank", "T_inv", "T_brand", "T_rsvd", "T_corct"), 1
 )
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value can be a setting: also NumPy's numbers and a 0-d tensor (a learning rate may be one)."""
-    return not isinstance(value, str | bytes) and all(hasattr(value, name) for name in ("__float__", "__lt__"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,12 +178,14 @@ class Process:
     Attributes:
         needs_factor: whether `begin` and `update` read the dense factor; if not, they may be given None.
         needs_columns: whether they read columns or M_{k-1}; if not, M_k is all they need.
+        adds: whether an update takes columns through sums over them alone, `share` and `take`.
         memoryless: whether the heaviest update depends on M_k alone, so that all before it may be left out.
         schedules: the settings that are periods of its updates.
     """
 
     needs_factor: ClassVar[bool] = True
     needs_columns: ClassVar[bool] = True
+    adds: ClassVar[bool] = False
     memoryless: ClassVar[bool] = False
     schedules: ClassVar[tuple[str, ...]] = ()
 
@@ -201,10 +197,12 @@ class Process:
         fixed: tuple[str, ...] = (),
         **given: Any,
     ) -> None:
-        self.settings = replace(settings or Settings(), **given)
-        self.fixed = frozenset(fixed)
-        self.clocks = {name: Clock(getattr(self.settings, name)) for name in self.schedules}
-        self.rng = rng if rng is not None else np.random.default_rng(self.settings.seed)
+        settings = Settings() if settings is None else instance(settings, "settings", Settings)
+        self.settings = replace(settings, **given)
+        self.fixed = frozenset(names(fixed, "fixed"))
+        self.clocks = {name: Clock(getattr(self.settings, name) or 0) for name in self.schedules}
+        rng = np.random.default_rng(self.settings.seed) if rng is None else rng
+        self.rng = instance(rng, "rng", np.random.Generator)
         self._held: Estimate | None = None
         self._certificate: Certificate | str = "this process derives none"
 
@@ -219,7 +217,7 @@ class Process:
         free = {name: value for name, value in settings.items() if name not in self.fixed}
         self.settings = replace(self.settings, **free)
         for name, clock in self.clocks.items():
-            clock.reschedule(getattr(self.settings, name))
+            clock.reschedule(getattr(self.settings, name) or 0)
 
     def cost(self, d: int, n: int) -> Cost:
         """What it costs to follow a factor (d, d) with n columns an update."""
@@ -242,6 +240,14 @@ class Process:
     def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
         """Called with X_k (d, n) and M_k."""
         raise NotImplementedError(f"{type(self).__name__} is a process without `update`")
+
+    def share(self, k: int, X: Array) -> dict[str, Array]:
+        """What the update of iteration k takes of columns X (d, n). Only where it `adds`; `take` follows."""
+        raise NotImplementedError(f"{type(self).__name__} adds, but is a process without `share`")
+
+    def take(self, k: int, total: Mapping[str, Array]) -> None:
+        """`update`, with the sum of all columns' shares in place of X_k. Only where it `adds`."""
+        raise NotImplementedError(f"{type(self).__name__} adds, but is a process without `take`")
 
     def refresh(self, k: int, factor: EAFactor) -> None:
         """The heaviest update from M_k alone, at a step that brings no columns. Only where `memoryless`."""

@@ -2,14 +2,18 @@
 
 A recording under way is called `<name>.partial`, is itself a readable recording, and takes its own name when it
 is closed cleanly. Every step is flushed as it comes (0.2 ms for a small layer), so a killed process loses at
-most the step being written. Chunks carry a checksum (Fletcher 32, a filter every HDF5 library has; it adds
-0.4 ms a MiB). They are not compressed: measured on post-ReLU columns, LZF saves 35-60% of A but takes 8 times as
-long to write, gzip 20 times, and LZF cannot be read without h5py.
+most the step being written. Where the disk is full, a step is refused before HDF5 begins to write it. Chunks carry
+a checksum (Fletcher 32, a filter every HDF5 library has; it adds 0.4 ms a MiB). They are not compressed: measured
+on post-ReLU columns, LZF saves 35-60% of A but takes 8 times as long to write, gzip 20 times, and LZF cannot be
+read without h5py.
 """
 
+import errno
 import logging
-import math
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,15 +22,15 @@ import h5py
 import numpy as np
 
 from .array import to_numpy
+from .checks import instance, path_of, positive, switch, whole
 from .exceptions import InputError
-from .files import lock
+from .files import check_regular, lock
 from .recording import (
     FORMAT,
     VERSIONS,
     LayerRecording,
     Recording,
     check_own,
-    check_windows,
     closed_on_error,
     first_line,
     layer_groups,
@@ -36,11 +40,14 @@ from .recording import (
     series_names,
     to_windows,
 )
-from .stream import Array, Step, Windows, as_windows
+from .stream import Array, Step, Windows, ordered
 
 __all__ = ["RecordingWriter"]
 
 log = logging.getLogger(__name__)
+
+ROOM = 2**17
+"""Bytes that a step may need on the disk beside its columns."""
 
 
 class RecordingWriter:
@@ -68,11 +75,11 @@ class RecordingWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> None:
-        self.path = Path(path)
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.path = path_of(path)
+        self.partial = path_of(f"{self.path}.partial")
         self._last: dict[str, int] = {}  # the last k of each layer
-        if self.path.is_dir():
-            raise InputError(f"{self.path}: is a folder, a file's name is needed")
+        check_regular(self.path)
+        check_regular(self.partial)
         self._lock = lock(self.path)  # before anything is opened: h5py empties a file before it asks for its own
         try:
             self._file = self._reopen() if resume else self._create(overwrite)
@@ -117,32 +124,33 @@ class RecordingWriter:
         Raises:
             InputError: for a bad value, or if the layer is there already with another description.
         """
-        if not layer or "/" in layer or layer == ".":
-            raise InputError(f"layer name {layer!r}: an HDF5 group needs a name, and one without '/'")
-        storage = np.dtype(dtype)
-        if storage not in (np.dtype(np.float32), np.dtype(np.float16)):
-            raise InputError(f"layer {layer!r}: float32 or float16 is needed, got {storage}")
+        _check_name(layer)
+        storage = _storage(dtype, f"layer {layer!r}")
         sizes = {"d_A": d_A, "d_G": d_G, "batch_size": batch_size, "update_every": update_every}
         sizes |= {} if n is None else {"n": n}
         for key, value in sizes.items():
-            _check_whole(value, 1, f"layer {layer!r}: {key}")
+            _int64(value, f"layer {layer!r}: {key}", 1)
+        switch(bias, f"layer {layer!r}: bias")
         rows = _window_rows(windows, f"layer {layer!r}")
+        if not self._file:
+            raise InputError(f"{self.path}: the recording is closed")
         if layer in self._last:
             self._check_same(layer, sizes | {"bias": bias, "dtype": storage}, n is None, rows)
             return
-        group = self._file["layers"].create_group(layer)
-        group.attrs["bias"] = np.bool_(bias)
-        group.attrs["batch_size"] = batch_size
-        group.attrs["update_every"] = update_every
-        group.create_dataset("windows", data=rows)
-        if n is None:
-            self._file.attrs["version"] = VERSIONS[-1]
-            _create_series(group, "n", np.int64)
-        for name, d in (("A", d_A), ("G", d_G)):
-            _create_columns(group, name, d, n, batch_size, storage)
-        _create_series(group, "update", np.uint8)
-        _create_series(group, "k", np.int64)
-        self._file.flush()
+        with self._writing(f"layer {layer!r}", rows.nbytes):
+            group = self._file["layers"].create_group(layer)
+            group.attrs["bias"] = np.bool_(bias)
+            group.attrs["batch_size"] = batch_size
+            group.attrs["update_every"] = update_every
+            group.create_dataset("windows", data=rows)
+            if n is None:
+                self._file.attrs["version"] = VERSIONS[-1]
+                _create_series(group, "n", np.int64)
+            for name, d in (("A", d_A), ("G", d_G)):
+                _create_columns(group, name, d, n, batch_size, storage)
+            _create_series(group, "update", np.uint8)
+            _create_series(group, "k", np.int64)
+            self._file.flush()
         self._last[layer] = -1
 
     def append(self, layer: str, step: Step) -> None:
@@ -157,9 +165,9 @@ class RecordingWriter:
                 beyond float16 where that is the storage, or a disk that refuses. Nothing is written then.
         """
         group = self._group(layer)
-        where = f"layer {layer!r}, iteration {step.k}"
-        _check_whole(step.k, 0, f"layer {layer!r}: k")
-        _check_whole(step.update, 0, f"{where}: update", most=1)
+        where = f"layer {layer!r}, iteration {instance(step, 'the step', Step).k}"
+        _int64(step.k, f"layer {layer!r}: k")
+        switch(step.update, f"{where}: update")
         if step.k <= self._last[layer]:
             raise InputError(f"{where}: iterations must increase from 0, the last was {self._last[layer]}")
         arrays = {name: _to_storage(getattr(step, name), group, name, f"{where}: {name}") for name in "AG"}
@@ -169,30 +177,26 @@ class RecordingWriter:
         count = group["k"].shape[0]
         series: dict[str, Any] = {"update": step.update} | ({"n": n} if "n" in group else {})
         if step.phi is not None:
-            if not (math.isfinite(step.phi) and step.phi > 0):
-                raise InputError(f"{where}: phi must be positive and finite, got {step.phi}")
-            series["phi"] = step.phi
+            series["phi"] = positive(step.phi, f"{where}: phi")
         if ("phi" in series) != ("phi" in group) and count > 0:
             raise InputError(f"{where}: phi must be given at every step of a layer or at none")
         if "phi" in group and "phi" not in series:
             del group["phi"]  # left from steps that `truncate` dropped
         if "phi" in series and "phi" not in group:
             _create_series(group, "phi", np.float64)
-        try:
-            for name, value in arrays.items():
-                group[name].resize((count + 1, value.shape[0], max(n, group[name].shape[2])))
-                group[name][count, :, :n] = value
-            # k comes last: a step counts once its k is there.
-            for name, value in (series | {"k": step.k}).items():
-                group[name].resize(count + 1, axis=0)
-                group[name][count] = value
-            self._file.flush()
-        except (OSError, RuntimeError) as error:
-            _cut(group, count)
-            raise InputError(f"{self.partial}: {where} cannot be written: {first_line(error)}") from error
-        except BaseException:
-            _cut(group, count)
-            raise
+        with self._writing(where, sum(X.nbytes for X in arrays.values())):
+            try:
+                for name, value in arrays.items():
+                    group[name].resize((count + 1, value.shape[0], max(n, group[name].shape[2])))
+                    group[name][count, :, :n] = value
+                # k comes last: a step counts once its k is there.
+                for name, value in (series | {"k": step.k}).items():
+                    group[name].resize(count + 1, axis=0)
+                    group[name][count] = value
+                self._file.flush()
+            except BaseException:
+                _cut(group, count)
+                raise
         self._last[layer] = step.k
 
     def set_windows(self, layer: str, windows: Windows) -> None:
@@ -214,24 +218,41 @@ class RecordingWriter:
     def truncate(self, layer: str, k: int) -> int:
         """Drops a layer's steps with iteration >= k, and returns how many are left."""
         group = self._group(layer)
+        whole(k, f"layer {layer!r}: k")
         left = int(np.searchsorted(group["k"][:], k))
-        _cut(group, left)
-        self._file.flush()
+        with self._writing(f"layer {layer!r}", None):
+            _cut(group, left)
+            self._file.flush()
         self._last[layer] = int(group["k"][left - 1]) if left else -1
         return left
 
     def close(self) -> None:
         """Finishes the recording and gives it its name. May be called again."""
         if self._file:
-            self._file.close()
-            os.replace(self.partial, self.path)
-            self._lock.release()
+            self.suspend()
+            try:
+                os.replace(self.partial, self.path)
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def suspend(self) -> None:
         """Closes the file but leaves it `<path>.partial`, to be resumed."""
         if self._file:
-            self._file.close()
-            self._lock.release()
+            try:
+                with self._writing("its end", None):
+                    self._file.close()
+            finally:
+                self._lock.release()
+
+    @contextmanager
+    def _writing(self, what: str, size: int | None) -> Iterator[None]:
+        """Says what fails in one line; where the disk has no room for `size` bytes, nothing is begun."""
+        try:
+            if size is not None:
+                _reserve(self.partial, size + ROOM)
+            yield
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{self.partial}: {what} cannot be written: {first_line(error)}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -243,7 +264,10 @@ class RecordingWriter:
             self.close()
         elif self._file:
             kept = max((self.steps(layer) for layer in self.layers), default=0)
-            self.suspend()
+            try:
+                self.suspend()
+            except InputError as second:  # the first is what the user is to hear of
+                error.add_note(str(second))
             note = f"the recording so far ({kept} steps) is kept in {self.partial}"
             log.warning("interrupted by %s: %s", type(error).__name__, note)
             error.add_note(note)
@@ -259,12 +283,12 @@ class RecordingWriter:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = h5py.File(self.partial, "w")
-        except OSError as error:
+            file.attrs["format"] = FORMAT
+            file.attrs["version"] = VERSIONS[0]
+            file.create_group("layers")
+            file.flush()
+        except (OSError, RuntimeError) as error:
             raise InputError(f"{self.partial}: cannot be created: {first_line(error)}") from error
-        file.attrs["format"] = FORMAT
-        file.attrs["version"] = VERSIONS[0]
-        file.create_group("layers")
-        file.flush()
         return file
 
     def _reopen(self) -> h5py.File:
@@ -294,8 +318,10 @@ class RecordingWriter:
         return file
 
     def _group(self, layer: str) -> Any:
-        if layer not in self._last:
+        if layer not in tuple(self._last):  # also of what cannot be a key
             raise InputError(f"{self.path}: layer {layer!r} has not been added; there are {listed(self._last)}")
+        if not self._file:
+            raise InputError(f"{self.path}: the recording is closed")
         return self._file["layers"][layer]
 
     def _check_same(self, layer: str, described: dict[str, Any], varies: bool, windows: np.ndarray) -> None:
@@ -327,26 +353,53 @@ def _create_series(group: Any, name: str, dtype: Any) -> None:
     group.create_dataset(name, shape=(0,), maxshape=(None,), chunks=(1024,), dtype=dtype)
 
 
-def _window_rows(windows: Windows, where: str) -> np.ndarray:
-    """(W, 3) int64, checked."""
-    checked = as_windows(windows)
-    for window in checked:
-        for value in window:
-            _check_whole(value, 0, f"{where}: a window's entry")
-    rows = np.array(checked, dtype=np.int64).reshape(-1, 3)
-    check_windows(rows, where)
-    return rows
+def _reserve(path: Path, size: int) -> None:
+    """Refuses where disk or quota have no room for so many bytes more: a failed write spoils an HDF5 file."""
+    if not hasattr(os, "posix_fallocate"):
+        if shutil.disk_usage(path).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            os.posix_fallocate(file.fileno(), end, size)
+        finally:
+            os.ftruncate(file.fileno(), end)
 
 
-def _check_whole(value: Any, least: int, what: str, most: float = math.inf) -> None:
-    """Refuses what is no whole number in a range: also 0.5, NaN and None, which HDF5 would round."""
+def _int64(value: Any, what: str, least: int = 0) -> None:
+    """Refuses what the file has no room for, as no whole number in range."""
+    if whole(value, what, least) >= 2**63:
+        raise InputError(f"{what} must be a whole number below 2^63, got {value}")
+
+
+def _check_name(layer: Any) -> None:
+    """Refuses what names no group of its own in HDF5, or none that comes back."""
+    odd = not isinstance(layer, str) or layer in ("", ".", "..") or any(c in layer for c in "/\0")
+    if odd or (not layer.isascii() and layer.encode("utf-8", "replace").decode() != layer):
+        raise InputError(f"layer name {layer!r}: an HDF5 group needs a name, and one without '/'")
+
+
+def _storage(dtype: Any, where: str) -> "np.dtype[Any]":
     try:
-        fits = value == int(value) and least <= value <= most
-    except (TypeError, ValueError, OverflowError):
-        fits = False
-    if not fits:
-        limit = f"of at least {least}" if most == math.inf else f"in {least}..{most}"
-        raise InputError(f"{what} must be a whole number {limit}, got {value!r}")
+        storage = np.dtype(dtype)
+    except TypeError:
+        storage = None
+    if dtype is None or storage not in (np.dtype(np.float32), np.dtype(np.float16)):
+        raise InputError(f"{where}: float32 or float16 is needed, got {dtype if storage is None else storage}")
+    return storage
+
+
+def _window_rows(windows: Any, where: str) -> np.ndarray:
+    """(W, 3) int64, as they are stored."""
+    try:
+        found = ordered(windows)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    for window in found:
+        _int64(window.start + window.length, f"{where}: the end of a window")
+        _int64(window.epoch, f"{where}: a window's epoch")
+    return np.array(found, dtype=np.int64).reshape(-1, 3)
 
 
 def _to_storage(array: Array, group: Any, name: str, where: str) -> np.ndarray:

@@ -31,7 +31,9 @@ from typing import Any, Self
 import h5py
 import numpy as np
 
+from .checks import path_of
 from .exceptions import InputError
+from .files import check_claim
 from .stream import Step, Window
 
 __all__ = ["FORMAT", "VERSIONS", "LayerRecording", "Recording"]
@@ -62,7 +64,7 @@ class Recording:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = path_of(path)
         self._file = open_file(self.path, "r")
         with closed_on_error(self._file, self.path):
             self.version = int(self._file.attrs["version"])
@@ -74,8 +76,10 @@ class Recording:
 
     def layer(self, name: str) -> "LayerRecording":
         """The named layer, validated; an InputError names its fault, or lists the layers there are."""
+        if not self._file:
+            raise InputError(f"{self.path}: the recording is closed")
         if name not in self.layers:
-            hint = " (layer names must not contain '/')" if "/" in name else ""
+            hint = " (layer names must not contain '/')" if "/" in str(name) else ""
             raise InputError(f"{self.path}: no layer {name!r}; there are {listed(self.layers)}{hint}")
         if name not in self._layers:
             with _in_one_line(self.path):
@@ -213,10 +217,12 @@ def open_file(path: Path, mode: str) -> h5py.File:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     if there is None:
         raise InputError(f"{path}: no such file")
-    if not h5py.is_hdf5(path):
-        raise InputError(f"{path}: not an HDF5 file")
     try:
+        if not h5py.is_hdf5(path):
+            raise InputError(f"{path}: not an HDF5 file")
         file = h5py.File(path, mode)
+    except InputError:
+        raise
     except BlockingIOError as error:
         raise InputError(f"{path}: in use by another process") from error
     except _UNREADABLE as error:
@@ -307,10 +313,7 @@ def check_own(group: Any, where: str) -> None:
 
 
 def _check_claim(dataset: Any, elements: int, where: str) -> None:
-    """Refuses to read more than the file can hold; HDF5's own compression gives at most 1000 to 1."""
-    claimed, held = elements * dataset.dtype.itemsize, os.path.getsize(dataset.file.filename)
-    if claimed > max(1000 * held, 1 << 20):
-        raise InputError(f"{where}: claims {claimed:,} bytes in a file of {held:,}: truncated or damaged")
+    check_claim(elements * dataset.dtype.itemsize, dataset.file.filename, where)
 
 
 def _columns_of(group: Any, where: str) -> tuple[Any, Any]:

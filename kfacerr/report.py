@@ -4,8 +4,7 @@
 stands beside an error where theory allows one (`kfacerr.certificate`): it needs no exact inverse.
 """
 
-import base64
-import io
+import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,12 @@ import numpy as np
 
 from .algorithms import SEVEN, Algorithm
 from .array import to_numpy
+from .checks import choice, names
 from .exceptions import InputError
 from .factor import KFactor
 from .files import write_atomically, write_text
 from .metrics import METRICS, ROUNDING
+from .page import page, themed
 from .process import Settings
 from .replay import replay
 from .rsvd import rsvd
@@ -37,8 +38,6 @@ __all__ = ["FactorFacts", "LayerFacts", "Measurement", "Report", "report_recordi
 EXACT_UP_TO = 4096
 """Factors of up to so many rows get all their eigenvalues; of larger ones the leading r + 10 by an RSVD."""
 
-_THEMES = ("light", "dark")
-
 MEANING = {
     "inverse_A": "(1) relative error of the inverse of A",
     "inverse_G": "(2) relative error of the inverse of G",
@@ -47,6 +46,8 @@ MEANING = {
 }
 
 CERTAIN = "certified: what an algorithm knows of (1) and (2) right after an update, without the exact inverse"
+
+READING = "Each cell is the mean over the measured iterations, smallest to largest in brackets; 0 is rounding."
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Measurement:
         every: int = 10,
     ) -> None:
         self.name, self.settings, self.phi, self.every = name, settings, phi, every
-        self.study = ErrorStudy(tuple(dict.fromkeys(algorithms)), settings, windows, phi=phi, certify=True)
+        self.study = ErrorStudy(algorithms, settings, windows, phi=phi, certify=True)
         self.rows: list[Row] = []
         self.seconds = 0.0
         self._n = 0
@@ -193,14 +194,9 @@ class Measurement:
         """Where an algorithm saves nothing, and windows that were not reached."""
         for measured in self.study.measured:
             algorithm = Algorithm.parse(measured.name)
-            full = [
-                s for s, f in factors.items() if algorithm.for_factor(self.settings, f.d, self._n) != algorithm
-            ]
-            if full:
-                yield (
-                    f"{measured.name}: r + n >= d for {' and '.join(full)}, where it saves nothing; "
-                    "KFAC uses R-KFAC there"
-                )
+            for side, f in factors.items():
+                if why := algorithm.no_room(self.settings, f.d, self._n):
+                    yield f"{measured.name}: {why} for {side}, where it saves nothing; KFAC uses R-KFAC there"
         if missed:
             others = f", nor were {len(missed) - 1} others" if len(missed) > 1 else ""
             yield f"the window of {missed[0].length} iterations from {missed[0].start} was not reached{others}"
@@ -343,27 +339,24 @@ class Report:
         return self._page(whole=False)
 
     def _page(self, *, whole: bool) -> str:
-        import jinja2
-
-        loader = jinja2.PackageLoader("kfacerr", "templates")
-        environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
         layers = [
             {
                 "name": layer.name,
                 "about": _about(layer),
                 "notes": layer.notes,
                 "errors": self.errors(layer.name).reset_index().to_html(index=False, border=0, escape=True),
-                "figure": {theme: _inline(self.plot(layer.name, dark=theme == "dark")) for theme in _THEMES},
+                "figure": themed(functools.partial(self.plot, layer.name)),
+                "alt": f"The four errors of layer {layer.name} over the iterations of each window",
             }
             for layer in self.layers
         ]
-        return environment.get_template("report.html").render(
+        return page(
             whole=whole,
             title=self.title,
             facts=self.facts().to_html(index=False, border=0),
             layers=layers,
             meaning=MEANING,
-            certain=CERTAIN,
+            reading=f"{READING} {CERTAIN.capitalize()}.",
             cost=self._cost(),
         )
 
@@ -395,11 +388,13 @@ def report_recording(
     Raises:
         InputError: no such layer, no windows, values out of range, or bad columns; names file, layer, iteration.
     """
-    names = list(layers) if layers else [n for n in recording.layers if recording.layer(n).windows]
-    if not names:
+    choice(dtype, "dtype", ("float64", "float32"))
+    asked = [n for n in recording.layers if recording.layer(n).windows] if layers is None else layers
+    wanted = names(asked, "layers")
+    if not wanted:
         raise InputError(f"{recording.path}: no layer with windows to measure in")
     measurements = []
-    for layer in [recording.layer(name) for name in dict.fromkeys(names)]:
+    for layer in [recording.layer(name) for name in dict.fromkeys(wanted)]:
         r = default_rank(layer.d_A, layer.d_G) if rank is None else rank
         measurement = Measurement(
             layer.name,
@@ -412,7 +407,9 @@ def report_recording(
         for _ in replay(layer, measurement.push, convert=lambda X: X.astype(dtype), phi=phi):
             pass
         measurements.append(measurement)
-    return Report(measurements, title=f"How wrong are the inverses of {', '.join(names)} in {recording.path.name}")
+    return Report(
+        measurements, title=f"How wrong are the inverses of {', '.join(wanted)} in {recording.path.name}"
+    )
 
 
 def default_rank(d_A: int, d_G: int) -> int:
@@ -441,10 +438,3 @@ def _number(value: float) -> str:
     if not abs(value) < float("inf"):
         return ""
     return "0" if abs(value) < ROUNDING else f"{value:.2g}"
-
-
-def _inline(figure: "Figure") -> str:
-    """A figure as a data URI."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

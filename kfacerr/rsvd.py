@@ -7,8 +7,8 @@ M being symmetric, one power iteration is one product with M.
 
 import numpy as np
 
-from .array import eigh_descending, eps, namespace, normal
-from .exceptions import InputError
+from .array import check_square, eigh_descending, eps, namespace, normal
+from .checks import choice, instance, whole
 from .lowrank import LowRank, without_null
 from .stream import Array
 
@@ -38,7 +38,7 @@ def rsvd(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.G
     Returns:
         min(r, d) modes; exact if r + r_o >= d.
     """
-    if _covers(M, r, oversampling, n_pwr_it):
+    if _covers(M, r, oversampling, n_pwr_it, rng):
         return evd(M, r)
     xp = namespace(M)
     Q = _range(M, r + oversampling, n_pwr_it, rng)
@@ -53,7 +53,7 @@ def srevd(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.random.
 
     With a finite projection error M - M~ is not p.s.d. in general.
     """
-    if _covers(M, r, oversampling, n_pwr_it):
+    if _covers(M, r, oversampling, n_pwr_it, rng):
         return evd(M, r)
     Q = _range(M, r + oversampling, n_pwr_it, rng)
     C = Q.T @ (M @ Q)
@@ -66,7 +66,7 @@ def nystrom(M: Array, r: int, *, oversampling: int, n_pwr_it: int, rng: np.rando
 
     M~ <= M, and at the cost of RS it is never worse: `kfacerr.certificate` has both proofs.
     """
-    if _covers(M, r, oversampling, n_pwr_it):
+    if _covers(M, r, oversampling, n_pwr_it, rng):
         return evd(M, r)
     return nystrom_on(M, _range(M, r + oversampling, n_pwr_it, rng), r)
 
@@ -98,15 +98,16 @@ SKETCHES = {"rs": rsvd, "sre": srevd, "nystrom": nystrom}
 
 def check_sketch(sketch: str) -> None:
     """Refuses what is none of `SKETCHES`."""
-    if sketch not in SKETCHES:
-        raise InputError(f"sketch {sketch!r} is not one of {', '.join(SKETCHES)}")
+    choice(sketch, "sketch", SKETCHES)
 
 
-def _covers(M: Array, r: int, oversampling: int, n_pwr_it: int) -> bool:
-    if r < 1 or oversampling < 0 or n_pwr_it < 0:
-        raise InputError(
-            f"rank >= 1, oversampling >= 0 and n_pwr_it >= 0 are needed, got {r}, {oversampling}, {n_pwr_it}"
-        )
+def _covers(M: Array, r: int, oversampling: int, n_pwr_it: int, rng: np.random.Generator) -> bool:
+    """Whether the sketch would be as wide as M; refuses what is no argument."""
+    check_square(M, "EA factor")
+    whole(r, "the rank r", 1)
+    whole(oversampling, "oversampling")
+    whole(n_pwr_it, "n_pwr_it")
+    instance(rng, "rng", np.random.Generator)
     return r + oversampling >= M.shape[0]
 
 

@@ -4,11 +4,12 @@ A stream is any iterable of `Step`. Training yields it live (`kfacerr.torch.foll
 (`kfacerr.recording`), and `kfacerr.study` consumes it; none of them knows the other.
 """
 
-import operator
+import itertools
 from collections.abc import Iterable
 from numbers import Integral
 from typing import Any, NamedTuple
 
+from .checks import names, whole
 from .exceptions import InputError
 
 Array = Any  # a NumPy, CuPy, torch or any other Array API array
@@ -56,27 +57,29 @@ class Window(NamedTuple):
 
 
 Windows = Window | Iterable[tuple[int, ...]]
-"""What stands for windows: one, several, or pairs (start, length) as well."""
+"""What stands for windows: one, several, or tuples (start, length) that are some."""
 
 
-def as_windows(windows: Windows) -> list[Window]:
-    """In the order that they are given in.
-
-    >>> as_windows(Window(100, 50)) == as_windows([(100, 50)])
-    True
+def ordered(windows: Windows) -> list[Window]:
+    """Windows by their start.
 
     Args:
-        windows: one, or several; (start, length) and (start, length, epoch) will do.
+        windows: one, or several; (start, length) or (start, length, epoch) will do.
 
     Returns:
-        The windows.
+        The same as `Window`s.
 
     Raises:
-        InputError: what is given is none of this.
+        InputError: one is no window, or two overlap.
     """
-    try:
-        return [Window(*map(operator.index, w)) for w in ([windows] if isinstance(windows, Window) else windows)]
-    except TypeError:
-        raise InputError(
-            f"windows must be (first iteration, length) pairs of whole numbers, got {windows!r}"
-        ) from None
+    found = []
+    for one in names([windows] if isinstance(windows, Window) else windows, "windows", tuple, list):
+        if len(one) not in (2, 3):
+            raise InputError(f"a window is (start, length) or (start, length, epoch), got {one!r}")
+        limits = zip(("start", "length", "epoch"), one, (0, 1, 0), strict=False)
+        found.append(Window(*(whole(value, f"a window's {name}", least) for name, value, least in limits)))
+    found.sort()
+    for one, other in itertools.pairwise(found):
+        if other.start in one:
+            raise InputError(f"windows overlap: {tuple(one)} and {tuple(other)}")
+    return found

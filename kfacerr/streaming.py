@@ -8,14 +8,15 @@
 and the estimate is M~_k = Y_k C_k^+ Y_k^T <= M_k (`kfacerr.sketching`; Tropp, Yurtsever, Udell & Cevher 2017).
 Nothing is truncated and no error adds up: M~_k depends on M_k and Omega alone.
 
-**Re-basing**, once in T_base iterations: Omega becomes the leading modes of M~ beside FRESH s new Gaussian
-columns, Y becomes M~ Omega and C Omega^T M~ Omega. M~ has rank s, so nothing of it is lost. From there on the
-sketch is that of M' = M - rho^j E, j updates after an error E: what M~ lacked is lost once, and fades. The modes
-make a re-basing a step of subspace iteration; the fresh columns see what is orthogonal to all of them, where
-B-KFAC can be blind for ever. docs/mathematics/streaming.md has the proofs.
+**Re-basing**, once in UPDATES updates, or in T_base iterations: Omega becomes the leading modes of M~ beside
+FRESH s new Gaussian columns, Y becomes M~ Omega and C Omega^T M~ Omega. M~ has rank s, so nothing of it is lost.
+From there on the sketch is that of M' = M - rho^j E, j updates after an error E: what M~ lacked is lost once, and
+fades. The modes make a re-basing a step of subspace iteration; the fresh columns see what is orthogonal to all of
+them, where B-KFAC can be blind for ever. docs/mathematics/streaming.md has the proofs.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import array_api_compat as compat
@@ -31,8 +32,11 @@ from .stream import Array
 
 __all__ = ["Sketch", "StreamingNystrom"]
 
-FRESH = 1 / 16
+FRESH = 1 / 32
 """The share of fresh columns at a re-basing."""
+
+UPDATES = 5
+"""Updates between re-basings, where T_base does not count iterations."""
 
 
 class Sketch(NamedTuple):
@@ -57,17 +61,17 @@ class Sketch(NamedTuple):
         C = xp.zeros((omega.shape[1],) * 2, dtype=xp.float64, device=compat.device(omega))
         return cls(omega, xp.zeros_like(omega), C, xp.sum(0 * omega[:, 0]))
 
-    def absorbed(self, X: Array, decay: float, weight: float) -> "Sketch":
-        """Of decay M + weight X X^T, for columns X (d, n)."""
-        xp = namespace(self.omega, X)
+    def share(self, X: Array) -> dict[str, Array]:
+        """What columns X (d, n) add to Y, to C and to the trace."""
         Z = X.T @ self.omega
-        precise = xp.astype(Z, xp.float64)
-        return Sketch(
-            self.omega,
-            decay * self.Y + X @ (weight * Z),
-            decay * xp.astype(self.C, xp.float64) + weight * (precise.T @ precise),
-            decay * self.trace + weight * mean_square(X),
-        )
+        precise = namespace(X).astype(Z, namespace(X).float64)
+        return {"Y": X @ Z, "C": precise.T @ precise, "trace": mean_square(X)}
+
+    def absorbed(self, total: Mapping[str, Array], decay: float, weight: float) -> "Sketch":
+        """Of decay M + weight X X^T, for the sum of the shares of X's columns."""
+        C = namespace(self.omega).astype(self.C, total["C"].dtype)  # a state may have come in another precision
+        held = {"Y": self.Y, "C": C, "trace": self.trace}
+        return self._replace(**{name: decay * part + weight * total[name] for name, part in held.items()})
 
 
 def based(low: LowRank, count: int, fresh: int, trace: Array, rng: np.random.Generator) -> Sketch:
@@ -110,23 +114,43 @@ class StreamingNystrom(Process):
     """
 
     needs_factor = False
+    adds = True
     schedules: ClassVar[tuple[str, ...]] = ("T_base",)
 
     _sketch: Sketch | None = None
+    _begun = False  # whether the sketch is of any columns
+    _since = UPDATES  # updates since the last re-basing, that one counted
     _whole: LowRank | None = None  # M~ of all s modes
 
     def update(self, k: int, X: Array, factor: EAFactor | None) -> None:
         """Re-bases if that is due, then takes X_k."""
-        d, rho, sketch = X.shape[0], self.settings.rho, self._sketch
+        self.take(k, self.share(k, X))
+
+    def share(self, k: int, X: Array) -> dict[str, Array]:
+        """X Z, Z^T Z and ||X||_F^2, Z = X^T Omega: sums over the columns. Re-bases first, if that is due."""
+        d, sketch = X.shape[0], self._sketch
         count = min(self.columns, d)
-        due = self.clocks["T_base"].due(k)
+        due = self.clocks["T_base"].due(k) or self._full
+        self._since = 1 if due else self._since + 1
         if sketch is None:
-            sketch = Sketch.zero(with_fresh(X[:, :0], count, self.rng)).absorbed(X, 1.0, 1.0)
-        else:
-            if sketch.omega.shape[1] != count or (due and count < d):
-                sketch = based(self._decomposed(), count, 0 if count == d else self.fresh, sketch.trace, self.rng)
-            sketch = sketch.absorbed(X, rho, 1 - rho)
-        self._sketch, self._whole, self.estimate = sketch, None, None
+            sketch = Sketch.zero(with_fresh(X[:, :0], count, self.rng))
+        elif sketch.omega.shape[1] != count or (due and count < d):
+            sketch = based(self._decomposed(), count, 0 if count == d else self.fresh, sketch.trace, self.rng)
+        self._sketch = sketch
+        return sketch.share(X)
+
+    def take(self, k: int, total: Mapping[str, Array]) -> None:
+        """`update`, with the sum of the shares of X_k's columns."""
+        assert self._sketch is not None
+        rho = self.settings.rho
+        decay, weight = (rho, 1 - rho) if self._begun else (1.0, 1.0)
+        self._sketch, self._begun = self._sketch.absorbed(total, decay, weight), True
+        self._whole = self.estimate = None
+
+    @property
+    def _full(self) -> bool:
+        """Whether UPDATES have passed, where they count."""
+        return self.settings.T_base is None and self._since >= UPDATES
 
     @property
     def columns(self) -> int:
@@ -139,8 +163,16 @@ class StreamingNystrom(Process):
         return math.ceil(FRESH * self.columns)
 
     def due(self, k: int) -> bool:
-        """Always: every update changes the estimate."""
-        return True
+        """Only where Omega changes: the estimate is decomposed when it is read."""
+        if self._sketch is None:
+            return True
+        d, s = self._sketch.omega.shape
+        return s != min(self.columns, d) or self._full or self.clocks["T_base"].coming(k)
+
+    def restart(self, k: int) -> None:
+        """Re-bases at the next update."""
+        super().restart(k)
+        self._since = UPDATES
 
     # ------------------------------------------------------------------------------------------ estimates
 
@@ -182,25 +214,36 @@ class StreamingNystrom(Process):
     # ---------------------------------------------------------------------------------------------- costs
 
     def cost(self, d: int, n: int) -> Cost:
-        """Of an update with its estimate: X^T Omega and X Z; F, F^T F and its EVD. Of a re-basing: U and Y."""
-        s = min(self.columns, d)
+        """Of an update with its estimate: X^T Omega and X Z; F, F^T F and its EVD. Of a re-basing: U and Y.
+
+        Where re-basings count updates, each update has its share of one.
+        """
+        s, period = min(self.columns, d), self.settings.T_base
         update = 4.0 * d * s * n + 4.0 * d * s**2 + 12.0 * s**3
-        rebased = self.settings.T_base > 0 and s < d
-        heavy = 2.0 * d * s**2 + 8.0 * d * s * self.fresh if rebased else 0.0
-        return Cost(update, heavy, self.settings.T_base if rebased else 1, 3.0 * d * s + s**2, self._modes(d))
+        heavy = 0.0 if s == d or period == 0 else 2.0 * d * s**2 + 8.0 * d * s * self.fresh
+        if period is None:
+            update, heavy = update + heavy / UPDATES, 0.0
+        return Cost(update, heavy, period or 1, 3.0 * d * s + s**2, self._modes(d))
 
     # ---------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """With the sketch, from which the estimate is made anew."""
         sketch = self._sketch and self._sketch._asdict()
-        return {**super().state_dict(), "estimate": None, "sketch": sketch}
+        return {
+            **super().state_dict(),
+            "estimate": None,
+            "sketch": sketch,
+            "begun": self._begun,
+            "since": self._since,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         super().load_state_dict(state)
         held = state["sketch"]
         self._sketch, self._whole = held and Sketch(**held), None
+        self._begun, self._since = state["begun"], state["since"]
 
 
 def _leading(low: LowRank, m: int) -> LowRank:

@@ -7,7 +7,6 @@ Before a window, processes with a memory (B-KFAC, B-KFAC-C) run on the whole str
 depends on the EA factor alone start with the window.
 """
 
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,12 +15,13 @@ import numpy as np
 
 from .algorithms import Algorithm
 from .array import failures, namespace, to_numpy
+from .checks import choice, instance, names, switch, whole
 from .exceptions import InputError
 from .factor import KFactor
 from .inverse import DampedInverse, DenseInverse, Inverse, check_phi, precondition_linear
 from .metrics import METRICS, angle_error, inverse_error, norm_error, step_coordinates
 from .process import Process, Settings
-from .stream import Array, Step, Window, Windows, as_windows
+from .stream import Array, Step, Window, Windows, ordered
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,10 +49,13 @@ def table(rows: Iterable[Row], windows: Sequence[Window] = ()) -> "pd.DataFrame"
     """The rows as a tidy data frame; with a column `window`, its first iteration, where windows are given."""
     import pandas as pd
 
-    frame = pd.DataFrame(list(rows), columns=list(Row._fields))
+    listed = names(rows, "rows", tuple)
+    if any(len(row) != len(Row._fields) for row in listed):
+        raise InputError(f"rows of ({', '.join(Row._fields)}) are needed")
+    frame = pd.DataFrame(listed, columns=list(Row._fields))
     if not windows:
         return frame
-    starts = np.sort([w.start for w in windows])
+    starts = np.array([window.start for window in ordered(windows)])
     return frame.assign(window=starts[np.searchsorted(starts, frame.k, side="right") - 1])
 
 
@@ -122,17 +125,19 @@ class ErrorStudy:
         certify: bool = False,
     ) -> None:
         check_phi(phi)
-        if damping not in DAMPINGS:
-            raise InputError(f"damping {damping!r} is not one of {', '.join(DAMPINGS)}")
-        self.windows = _ordered(windows)
+        choice(damping, "damping", DAMPINGS)
+        instance(settings, "settings", Settings)
+        self.windows = ordered(windows)
         self.measured, pairs = _followed(algorithms, settings)
+        if not self.measured:
+            raise InputError("no algorithm is named")
         self.factors = {
             side: KFactor(side, {name: pair[i] for name, pair in pairs.items()}, settings.rho, dense=True)
             for i, side in enumerate("AG")
         }
         self.phi = phi
         self.damping = damping
-        self.certify = certify
+        self.certify = switch(certify, "certify")
         self.last_k = -1
         self._errors: dict[tuple[str, str], tuple[Inverse, DenseInverse, float]] = {}
 
@@ -165,6 +170,9 @@ class ErrorStudy:
         Raises:
             InputError: NaN or Inf, a shape that changes, a zero factor, or a k that does not increase; names k.
         """
+        instance(step, "the step", Step)
+        whole(step.k, "k")
+        switch(step.update, f"iteration {step.k}: update")
         try:
             return self._push(step)
         except failures() as error:  # overflow inside a decomposition
@@ -261,8 +269,10 @@ class ErrorStudy:
 
     def spectrum(self, side: str) -> np.ndarray:
         """Eigenvalues (d,) of the EA factor as it stands, descending."""
-        factor = self.factors[side]
+        factor = self.factors[choice(side, "side", self.factors)]
         M = factor.average.M
+        if M is None:
+            raise InputError(f"{side}: no columns came in yet")
         return to_numpy(namespace(M).linalg.eigvalsh(M))[::-1] / (factor.unit or 1.0) ** 2
 
     # ---------------------------------------------------------------------------------------------- state
@@ -285,18 +295,6 @@ def _applied(columns: Mapping[str, Array], inverses: Mapping[str, Inverse]) -> t
     return precondition_linear(columns["G"], columns["A"], inverses["G"], inverses["A"])
 
 
-def _ordered(windows: Windows) -> list[Window]:
-    """By their start; refuses windows that are empty or overlap."""
-    ordered = sorted(as_windows(windows))
-    for window in ordered:
-        if not (window.start >= 0 and window.length >= 1):
-            raise InputError(f"a window needs start >= 0 and length >= 1, got {tuple(window)}")
-    for one, other in itertools.pairwise(ordered):
-        if other.start in one:
-            raise InputError(f"windows overlap: {tuple(one)} and {tuple(other)}")
-    return ordered
-
-
 def _followed(
     algorithms: Sequence[str | Algorithm] | Mapping[str, tuple[Process, Process]], settings: Settings
 ) -> tuple[list[_Measured], dict[str, tuple[Process, Process]]]:
@@ -305,11 +303,13 @@ def _followed(
     pairs: dict[str, tuple[Process, Process]] = {}
     if isinstance(algorithms, Mapping):
         for name, pair in algorithms.items():
+            if len(names(pair, f"{name!r}: the processes for A and G", Process)) != 2:
+                raise InputError(f"{name!r}: a process for A and one for G are needed, got {len(pair)}")
             process, _, continuation = name.partition(" continuation=")
             pairs.setdefault(process, pair)
             measured.append(_Measured(name, process, continuation or settings.continuation))
         return measured, pairs
-    for algorithm in dict.fromkeys(map(Algorithm.parse, algorithms)):
+    for algorithm in dict.fromkeys(map(Algorithm.parse, names(algorithms, "algorithms", str, Algorithm))):
         process = algorithm.process_name
         if process not in pairs:
             pairs[process] = (algorithm.process(settings, "A"), algorithm.process(settings, "G"))

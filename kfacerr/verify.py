@@ -24,6 +24,7 @@ import numpy as np
 from . import propositions
 from .algorithms import Algorithm
 from .certificate import Certificate
+from .checks import instance, whole
 from .claims import EPS, TOLERANCE, Claim, Identity, Inequality, Psd, norms
 from .correction import correct
 from .exceptions import InputError
@@ -293,14 +294,14 @@ def verify_layer(
     Raises:
         InputError: values out of range, fewer than two updates, or bad columns; names file, layer and iteration.
     """
-    where = f"{layer.path}: layer {layer.name!r}"
+    where = f"{instance(layer, 'layer', LayerRecording).path}: layer {layer.name!r}"
     check_phi(phi)
     updates = np.flatnonzero(layer.update)
     if len(updates) < 2:
         raise InputError(f"{where}: at least two updates of the EA factors are needed, there are {len(updates)}")
     for name, value in (("rank", rank), ("stretches", stretches), ("length", length)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
+        if value is not None or name == "stretches":
+            whole(value, name, 1)
     sides = []
     for name, d in (("A", layer.d_A), ("G", layer.d_G)):
         r = rank or max(1, min(layer.n, d // 4, ROWS // 4))

@@ -130,7 +130,7 @@ _OTHERS = {
     "SGD": _Rates(0.1, 0.9, 5e-4),
     "AdamW": _Rates(1e-3, 0.9, 1e-2, per_batch=False),  # PyTorch's defaults, which users leave as they are
 }
-_FAMILY = ("K-FAC", "R-KFAC", "SRE-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C")
+_FAMILY = ("K-FAC", "R-KFAC", "SRE-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C", "N-KFAC", "W-KFAC")
 _FAMILY_RATES = _Rates(0.3, 0.0, 7e-4)
 
 TABLE_1 = tuple(name for name in SEVEN if name != "R-KFAC T_inv=300")
@@ -188,7 +188,6 @@ class TrainingConfig:
         equal_rank: R-KFAC has rank r + n on the first FC layer, the rank at which the B- variants are applied.
         amp: the network runs under autocast to bfloat16. Weights, gradients and all that optimizers make of them,
             K-factors first of all, stay float32.
-        linear_application: the K-FAC family applies the first FC layer's inverses by Algorithm 8.
     """
 
     batch_size: int
@@ -208,7 +207,6 @@ class TrainingConfig:
     equal_rank: bool = False
     amp: bool = False
     conv_width: float | None = None
-    linear_application: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "width", "learning_rate", "rank_scale", "conv_width"):
@@ -289,7 +287,6 @@ class Preset(_Preset):
         dtype: the error analysis computes in.
         driver: of the shared trajectory, see `studies.drivers`.
         conv_width: of the convolutions before the last; None for `width`.
-        linear_application: the driver applies the first FC layer's inverses by Algorithm 8.
         equal_rank: algorithms also measured at the rank r + n that the B- variants apply.
         beyond: algorithms that the paper did not have.
         continuations: of the spectrum, each measured of each algorithm.
@@ -304,7 +301,6 @@ class Preset(_Preset):
     dtype: str = "float64"
     driver: str = "R-KFAC T_inv=50"
     conv_width: float | None = None
-    linear_application: bool = False
     equal_rank: tuple[str, ...] = tuple(name for name in SEVEN if Algorithm.parse(name).base == "R-KFAC")
     beyond: tuple[str, ...] = ("FD",)
     continuations: tuple[str, ...] = ("min", "trace", "none")
@@ -341,7 +337,7 @@ class Preset(_Preset):
 
     def training_config(self, driver: str, seed: int, steps_per_epoch: int, device: str) -> TrainingConfig:
         """A driver's settings at the preset's size. Periods are those of §4.2, whatever the size."""
-        names = ("schedule_epochs", "T_updt", "conv_width", "linear_application")
+        names = ("schedule_epochs", "T_updt", "conv_width")
         own = {name: getattr(self, name) for name in names}
         epochs = max(self.epochs(steps_per_epoch), self.schedule_epochs)
         return self._config(driver, seed, device, epochs=epochs, **own)
@@ -422,7 +418,6 @@ _PRESETS = (
         window_epochs=(15, 30),
         seeds=(0,),
         dtype="float32",
-        linear_application=True,
         equal_rank=("R-KFAC T_inv=50", "R-KFAC T_inv=300"),  # what C1-C3 and C6 compare
         beyond=("N-KFAC", "W-KFAC T_inv=50"),
         continuations=("min", "trace"),

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import pickle
+import pickletools
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -81,22 +82,22 @@ class Release:
     """What identifies a release of CIFAR-10.
 
     Attributes:
-        url, archive_md5: of the archive that holds `cifar-10-batches-bin`.
+        url, archive_sha256: of the archive that holds `cifar-10-batches-bin`.
         file_md5: file name -> MD5, of the batches in both layouts.
         records: images in each file.
     """
 
     url: str
-    archive_md5: str
+    archive_sha256: str
     file_md5: Mapping[str, str]
     records: int
 
 
-# The archive's MD5 stands on the data set's page; those of the python batches in torchvision; those of the
-# binary batches in rai-project/dldataset and, alike, in the CMake scripts of another project.
+# The archive's SHA-256 stands, alike, in several libraries that load it; the MD5 of the python batches in
+# torchvision; those of the binary ones in rai-project/dldataset and, alike, in another project's CMake scripts.
 OFFICIAL = Release(
     url="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
-    archive_md5="c32a1d4ab5d03f1284b67883e8d87530",
+    archive_sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
     file_md5={
         "data_batch_1": "c99cafc152244af753f735de768cd75f",
         "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
@@ -148,7 +149,7 @@ def load_cifar10(
     folder = _find_folder(root) or _download(release, download)
     files = [folder / (batch + _LAYOUTS[folder.name]) for batch in _BATCHES]
     # The very bytes whose checksum was taken are the ones parsed.
-    contents = {file: _read(file) for file in files}
+    contents = {file: _read(file, release.records) for file in files}
     name = _verified_name(contents, release.file_md5, accept_modified)
     parse = _parse_binary if files[0].suffix == ".bin" else _parse_pickle
     batches = [parse(file, content, release.records) for file, content in contents.items()]
@@ -228,7 +229,7 @@ def _download(release: Release, allowed: bool) -> Path:
     try:
         pooch.retrieve(
             release.url,
-            known_hash=f"md5:{release.archive_md5}",
+            known_hash=f"sha256:{release.archive_sha256}",
             fname=archive.name,
             path=_cache(),
             processor=unpack,
@@ -244,8 +245,13 @@ def _download(release: Release, allowed: bool) -> Path:
     return folder
 
 
-def _read(file: Path) -> bytes:
+def _read(file: Path, records: int) -> bytes:
+    """What is in a batch, if it is a file of about that size: no pipe, which would hang, and no terabyte."""
+    most = 2 * records * (1 + _PIXELS) + 2**20
     try:
+        size = file.stat().st_size
+        if not file.is_file() or size > most:
+            raise InputError(f"{file}: {size:,} bytes, or no file: a batch of CIFAR-10 has at most {most:,}")
         return file.read_bytes()
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
@@ -291,6 +297,7 @@ def _parse_binary(file: Path, content: bytes, records: int) -> _Batch:
 def _parse_pickle(file: Path, content: bytes, records: int) -> _Batch:
     """A dictionary pickled by Python 2: b"data", a (N, 3072) uint8 array, and b"labels", a list."""
     try:
+        _check_size(content)
         batch = _DataOnlyUnpickler(io.BytesIO(content), encoding="bytes").load()
         images, labels = batch[b"data"].array(), np.asarray(batch[b"labels"])
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -309,6 +316,13 @@ def _checked_labels(file: Path, labels: NDArray[Any]) -> NDArray[np.int64]:
     if labels.min() < 0 or labels.max() > 9:
         raise InputError(f"{file}: the labels range over {labels.min()}..{labels.max()} instead of 0..9")
     return labels.astype(np.int64)
+
+
+def _check_size(content: bytes) -> None:
+    """Refuses a pickle that takes more memory than it has bytes: a memo is as long as its largest index."""
+    for operation, argument, _ in pickletools.genops(content):  # refuses itself what is cut short
+        if "PUT" in operation.name and int(str(argument)) > len(content):
+            raise ValueError(f"it asks for {argument} places in {len(content)} bytes")
 
 
 class _PickledDtype:

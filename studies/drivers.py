@@ -1,7 +1,8 @@
 """What can drive a training run, by name: an algorithm of the K-FAC family, SENG, SGD or AdamW.
 
 An algorithm drives through the `KFAC` optimizer with the settings of §6 (`studies.config`): the Brand variants on
-the first fully connected layer, R-KFAC elsewhere. Settings in its name, as in "R-KFAC T_inv=10", stand.
+the first fully connected layer, R-KFAC elsewhere; N-KFAC and W-KFAC everywhere. Settings in its name, as in
+"R-KFAC T_inv=10", stand; those of N-KFAC on the first fully connected layer.
 """
 
 import math
@@ -14,6 +15,7 @@ from torch import nn
 
 from kfacerr.algorithms import Algorithm
 from kfacerr.process import Settings
+from kfacerr.streaming import UPDATES
 from kfacerr.torch import KFAC, SENG
 from studies import config as numbers
 from studies.config import TrainingConfig, cosine_learning_rate, family, seng_learning_rate
@@ -78,10 +80,14 @@ def _algorithm(config: TrainingConfig) -> Algorithm:
 def _kfac(model: nn.Module, config: TrainingConfig, steps_per_epoch: int) -> torch.optim.Optimizer:
     algorithm, schedules = _algorithm(config), config.schedules
     own = {name: value for name in _NAMED if (value := algorithm.get(name)) is not None}
-    equal = config.equal_rank and algorithm.base == "R-KFAC"
-    at_equal_rank = {numbers.LAYER: f"R-KFAC rank={schedules.rank(0) + config.batch_size}"}
+    policy = {}
+    if config.equal_rank and algorithm.base == "R-KFAC":
+        policy[numbers.LAYER] = f"R-KFAC rank={schedules.rank(0) + config.batch_size}"
+    if algorithm.base == "N-KFAC" and algorithm.own:  # a rank in its name is no schedule's, but truncates
+        policy[numbers.LAYER] = str(algorithm)
+        own.pop("rank", None)
     settings: dict[str, Any] = {
-        "policy": at_equal_rank if equal else {},
+        "policy": policy,
         "phi_corct": numbers.PHI_CORCT,
         "rank": schedules.rank,
         "oversampling": schedules.oversampling,
@@ -92,7 +98,6 @@ def _kfac(model: nn.Module, config: TrainingConfig, steps_per_epoch: int) -> tor
         "weight_decay": config.weight_decay,
         "momentum": config.momentum,
         "continuation": config.continuation,
-        "linear_application": [numbers.LAYER] if config.linear_application else False,
         "skip_nonfinite": False,  # a look at every step, for which the host would wait; `Training` looks
         "seed": config.seed,
         **config.periods(steps_per_epoch),
@@ -108,7 +113,9 @@ def _kfac_rate(config: TrainingConfig, epoch: int) -> float:
 
 def _kfac_updates(config: TrainingConfig, steps_per_epoch: int) -> Updates:
     periods = config.periods(steps_per_epoch)
-    schedules = _algorithm(config).process(Settings(), "A").schedules
+    algorithm = _algorithm(config)
+    schedules = algorithm.process(Settings(), "A").schedules
+    periods["T_base"] = algorithm.get("T_base", UPDATES * periods["T_updt"])
     names = dict.fromkeys(("T_inv", *schedules))  # R-KFAC is on the other layers
     return Updates(periods["T_updt"], tuple(periods[name] for name in names))
 

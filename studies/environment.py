@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -27,13 +28,11 @@ def select_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"{name!r} is not the name of a device") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
+        raise InputError(f"{name!r} is not the name of a device: give cpu, cuda, cuda:1 or auto")
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name!r} is asked for, but there are {torch.cuda.device_count()} GPUs")
-    return device
+    return torch.device(name)
 
 
 def synchronize(device: torch.device) -> None:

@@ -49,7 +49,7 @@ from studies.jobs import (
     verdict,
     with_seeds,
 )
-from studies.seed_run import SUMMARY, Job, SeedRun, finish_recording
+from studies.seed_run import RESULTS, SUMMARY, Job, SeedRun, finish_recording
 
 __all__ = ["main"]
 
@@ -63,7 +63,7 @@ def run_seed(
     """Takes one seed's run as far as `stop` allows; a job of its own, whatever process it runs in."""
     recording = out / f"recording-{job.file}.h5" if record else None
     make = partial(SeedRun, preset, dataset, job, device, recording)
-    outcome = run_job(job.name, out / "state" / f"{job.file}.pt", make, stop)
+    outcome = run_job(job.name, out / "state" / f"{job.file}.pt", make, stop, RESULTS)
     if recording is not None and outcome.state is not None and outcome.state["finished"]:
         finish_recording(recording)
     return outcome
@@ -146,12 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     own, monitor = arguments.trajectory == "own", arguments.monitor
-    if arguments.driver and own:
+    if arguments.driver is not None and own:
         raise InputError("--driver is for the shared trajectory: on its own each algorithm drives itself")
     if monitor and (own or arguments.record):
         raise InputError("--monitor goes with neither --record nor --trajectory own")
     preset = with_seeds(PRESETS[arguments.preset], arguments)
-    if arguments.driver:
+    if arguments.driver is not None:
         preset = dataclasses.replace(preset, driver=arguments.driver)
     family(preset.driver)
     dataset, stop = begin(arguments, preset, partial(_about, preset, arguments))

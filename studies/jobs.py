@@ -12,11 +12,10 @@ import dataclasses
 import json
 import math
 import signal
-import sys
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -25,9 +24,10 @@ import joblib
 import torch
 from tqdm import tqdm
 
-from kfacerr.command import check_at_least
+from kfacerr.checks import whole
+from kfacerr.command import check_at_least, path, say
 from kfacerr.exceptions import InputError
-from kfacerr.files import lock, write_atomically, write_text
+from kfacerr.files import check_folder, clear, lock, write_atomically, write_text
 from studies.data import Dataset, load_dataset
 from studies.environment import environment, select_device
 
@@ -78,7 +78,7 @@ def open_output(out: Path, config: dict[str, Any], resume: bool) -> None:
         raise InputError(f"{out} holds a study already: continue it with --resume or name another --out")
     try:
         there = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as a study's configuration: {error}") from None
     if not isinstance(there, dict):
         raise InputError(f"{path}: not a study's configuration")
@@ -93,6 +93,7 @@ def slug(*names: object) -> str:
 
 
 _CHECKPOINT = {"format": "kfacerr-checkpoint", "version": 1}
+_ANEW = "remove it to begin this job anew"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -100,11 +101,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, lambda temporary: torch.save({**_CHECKPOINT, "state": state}, temporary))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, holds: Collection[str] = ()) -> dict[str, Any]:
     """What `save_checkpoint` saved, with its tensors on the CPU. Executes nothing in the file.
 
     Raises:
-        InputError: there is no such file, or it is cut short, corrupt or not a checkpoint of ours.
+        InputError: there is none, or it is cut short, corrupt, or not one of ours with all that it is to hold.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
@@ -115,10 +116,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # zip, pickle and torch each raise their own kinds on a bad file
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
     if damaged:
-        raise InputError(f"{path}: damaged, {damaged} does not fit its checksum: remove it to begin this job anew")
+        raise InputError(f"{path}: damaged, {damaged} does not fit its checksum: {_ANEW}")
     if not isinstance(content, dict) or {key: content.get(key) for key in _CHECKPOINT} != _CHECKPOINT:
         raise InputError(f"{path}: not a checkpoint of this version of kfacerr")
-    state: dict[str, Any] = content["state"]
+    state: dict[str, Any] = content.get("state")  # type: ignore[assignment]
+    if not isinstance(state, dict) or not set(holds) <= state.keys():
+        raise InputError(f"{path}: not a checkpoint of such a job: {_ANEW}")
     return state
 
 
@@ -127,8 +130,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """What is trained on, where, and where the results go: the options of everything that trains."""
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where the results go")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="where CIFAR-10 is (default: the user's cache)")
+    parser.add_argument("--out", required=True, type=path, metavar="DIR", help="where the results go")
+    parser.add_argument("--data", type=path, metavar="DIR", help="where CIFAR-10 is (default: the user's cache)")
     parser.add_argument(
         "--accept-modified-data", action="store_true", help="take images that are not the official"
     )
@@ -173,6 +176,7 @@ def begin(
         time_limit=(arguments.time_limit, 0),
         step_limit=(arguments.step_limit, 0),
     )
+    whole(max(preset.seeds), "--seed", 0, 2**63 - 1)  # of torch's generators
     dataset = load_dataset(
         preset.dataset,
         arguments.data,
@@ -217,9 +221,25 @@ class Outcome(NamedTuple):
     error: str = ""
 
 
-def run_job(name: str, checkpoint: Path, make_run: Callable[[], Run], stop: "Stop") -> Outcome:
-    """Takes a run as far as `stop` allows, from where its checkpoint left it; for whatever process it runs in."""
-    saved = load_checkpoint(checkpoint) if checkpoint.exists() else None
+def run_job(
+    name: str, checkpoint: Path, make_run: Callable[[], Run], stop: "Stop", holds: Collection[str] = ()
+) -> Outcome:
+    """Takes a run as far as `stop` allows, from where its checkpoint left it; for whatever process it runs in.
+
+    Args:
+        name: of the job.
+        checkpoint: where it is saved.
+        make_run: makes the run from its beginning.
+        stop: asked before every iteration.
+        holds: what its results are, by name.
+
+    Returns:
+        What became of it.
+
+    Raises:
+        InputError: the checkpoint is not one of such a job.
+    """
+    saved = load_checkpoint(checkpoint, (*holds, "finished")) if checkpoint.exists() else None
     if saved is not None and saved["finished"]:
         return Outcome(name, saved)
     with stop.listening():
@@ -228,7 +248,7 @@ def run_job(name: str, checkpoint: Path, make_run: Callable[[], Run], stop: "Sto
         run = make_run()
         try:
             if saved is not None:
-                run.load_state_dict(saved)
+                _take_up(run, saved, checkpoint)
                 saved = None  # it may be as large as the run
             advance(run, checkpoint, stop)
             return Outcome(name, run.results(), stop.reason)
@@ -236,6 +256,23 @@ def run_job(name: str, checkpoint: Path, make_run: Callable[[], Run], stop: "Sto
             return Outcome(name, run.results(), error=str(error))
         finally:
             run.close()
+
+
+def _take_up(run: Run, saved: dict[str, Any], checkpoint: Path) -> None:
+    try:
+        run.load_state_dict(saved)
+    except InputError:
+        raise
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # torch's and ours
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{checkpoint}: not a checkpoint of such a job ({reason:.200}): {_ANEW}") from error
 
 
 def advance(run: Run, checkpoint: Path, stop: Callable[[], bool]) -> None:
@@ -254,7 +291,7 @@ def advance(run: Run, checkpoint: Path, stop: Callable[[], bool]) -> None:
             if bar.disable and now - said > PROGRESS_SECONDS:
                 said = now
                 left = run.seconds_left((now - started) / (run.position - first))
-                print(_progress(run, now - started, left), file=sys.stderr, flush=True)
+                say(_progress(run, now - started, left))
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save_checkpoint(checkpoint, run.state_dict())
                 saved = time.monotonic()
@@ -291,12 +328,15 @@ def threads_of_a_job(count: int | None) -> int:
 def alone(function: Callable[[argparse.Namespace], int | None]) -> Callable[[argparse.Namespace], int | None]:
     """A command line's function, while no other process works in the DIR of its --out.
 
-    The lock stands beside DIR, which is not made before the options are checked.
+    The lock stands beside DIR, which is not made before the options are checked. What a killed process left there
+    under a temporary name is removed.
     """
 
     def call(arguments: argparse.Namespace) -> int | None:
+        check_folder(arguments.out)
         held = lock(arguments.out.resolve())
         try:
+            clear(arguments.out)
             return function(arguments)
         finally:
             held.release()
@@ -315,9 +355,9 @@ def verdict(program: str, outcomes: Sequence[Outcome], out: Path) -> int:
             raise InputError(f"{outcome.name}: {outcome.error}")
     reasons = {outcome.stopped for outcome in outcomes if outcome.stopped}
     if reasons:
-        print(f"{program}: stopped {', '.join(sorted(reasons))}; continue with --resume", file=sys.stderr)
+        say(f"{program}: stopped {', '.join(sorted(reasons))}; continue with --resume")
         return 130 if SIGNAL in reasons else 0
-    print(f"{program}: results are in {out}", file=sys.stderr)
+    say(f"{program}: results are in {out}")
     return 0
 
 

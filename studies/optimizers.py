@@ -57,6 +57,9 @@ __all__ = ["Epoch", "OptimizerRun", "main"]
 T_UPDT_4_2 = 10  # of §4.2, whose drivers are timed beside Table 2's
 
 
+RESULTS = ("optimizer", "seed", "finished", "diverged", "epochs")
+
+
 class Epoch(NamedTuple):
     """What an epoch came to.
 
@@ -188,7 +191,7 @@ def run_optimizer(
 ) -> Outcome:
     """Takes one job as far as `stop` allows, in whatever process, on whatever machine it runs."""
     make = partial(OptimizerRun, preset, dataset, optimizer, seed, device)
-    return run_job(job_name(optimizer, seed), checkpoint_path(out, optimizer, seed), make, stop)
+    return run_job(job_name(optimizer, seed), checkpoint_path(out, optimizer, seed), make, stop, RESULTS)
 
 
 # ------------------------------------------------------------------------------------------- what DIR holds
@@ -328,7 +331,7 @@ def _states(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 def _saved(out: Path, optimizer: str, seed: int) -> Outcome:
     """A job as its checkpoint left it, if it has one."""
     path = checkpoint_path(out, optimizer, seed)
-    return Outcome(job_name(optimizer, seed), load_checkpoint(path) if path.exists() else None)
+    return Outcome(job_name(optimizer, seed), load_checkpoint(path, RESULTS) if path.exists() else None)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """One seed's training run with the errors measured along it, which can be stopped and resumed at any iteration."""
 
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from kfacerr.algorithms import SEVEN, Algorithm
 from kfacerr.array import map_arrays
+from kfacerr.command import say
 from kfacerr.ea import EAFactor
 from kfacerr.inverse import representation
 from kfacerr.process import Estimate, Process, Settings
@@ -27,10 +27,13 @@ from studies.training import Training
 if TYPE_CHECKING:
     from kfacerr.recorder import RecordingWriter
 
-__all__ = ["SUMMARY", "Job", "Mirror", "SeedRun", "finish_recording"]
+__all__ = ["RESULTS", "SUMMARY", "Job", "Mirror", "SeedRun", "finish_recording"]
 
 MUCH = 300  # seconds of a window, from which on its cost is said in advance
 EVALUATE_EPOCHS = 5  # epochs between looks at the test set
+RESULTS = ("seed", "own", "finished", "rows", "spectra", "log", "seconds")
+"""What a run's results hold."""
+
 SUMMARY = ("above_damping", "at_r", "at_r_plus_n", "tail")
 """What a monitored run keeps of a spectrum, see `SeedRun._summary`."""
 
@@ -252,12 +255,10 @@ class SeedRun:
         update, plain = update_seconds(sizes, speeds), window_seconds(sizes, speeds, 1, 0)
         window = window_seconds(sizes, speeds, preset.window_length, -(-preset.window_length // preset.T_updt))
         if window > MUCH:
-            print(
+            say(
                 f"{self.name}: factors of order {sizes.d_A} and {sizes.d_G}; products run at "
                 f"{speeds.gemm / 1e9:.0f} GFLOP/s here and a Cholesky inverse at {speeds.cholesky / 1e9:.0f}, so "
-                f"that a measured update takes about {update:.0f} s and a window {window / 60:.0f} min",
-                file=sys.stderr,
-                flush=True,
+                f"that a measured update takes about {update:.0f} s and a window {window / 60:.0f} min"
             )
         return Pace({(False, True): plain, (True, True): plain + update})
 

@@ -152,9 +152,11 @@ def time_drivers(
     for round, config in tqdm(jobs, unit="timing", disable=None):
         path = folder / f"{slug('periods', config.T_updt, config.driver, round)}.pt"
         if path.exists():
-            saved = load_checkpoint(path)
+            saved = load_checkpoint(path, ("config", "timing"))
             if saved["config"] != dataclasses.asdict(config):
                 raise InputError(f"{path}: was taken of another configuration; remove {folder} to time anew")
+            if set(saved["timing"]) != set(Timing._fields):
+                raise InputError(f"{path}: holds no times; remove {folder} to time anew")
             timings.append(Timing(**saved["timing"]))
         elif not stop():
             timings.append(measure(config, dataset, round))

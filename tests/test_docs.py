@@ -6,8 +6,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from figures.tables import epochs_to
+from figures.sketches import KEYS, means, report
+from figures.tables import epochs_to, read_table
 from kfacerr.metrics import METRICS
+from studies.layer_costs import Setting, markdown
+from studies.layer_costs import table as layer_costs
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python\n" in page.read_text(encoding="utf-8"))
@@ -100,3 +103,26 @@ def test_the_table_of_widths_is_that_of_the_spectra():
             values.append((theta, len(w) * w[r] / w.sum(), w[r] / w[0], (w > 0.1 * w[0]).sum()))
         mean = pd.DataFrame(values).mean()
         assert row == f"{len(w)} | {mean[0]:.3f} | {mean[1]:.2f} | {mean[2]:.3f} | {mean[3]:.0f}", name
+
+
+def test_the_tables_of_sketches_in_the_findings_are_those_of_the_csvs():
+    def words(line: str) -> str:
+        return " ".join(line.split())
+
+    known: set[str] = set()
+    for run in ("digits", "cifar10-small", "flat"):
+        folder = DOCS.parent / "figures" / "n-kfac" / run
+        computed = report(means(read_table(folder / "errors.csv", (*KEYS, "draw", "epoch", *METRICS))))
+        assert computed == (folder / "sketches.md").read_text(encoding="utf-8")
+        known |= set(map(words, computed.splitlines()))
+    text = (DOCS / "findings.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## N-KFAC and W-KFAC\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    rows = [line for line in section.splitlines() if line.startswith("|") and "KFAC" in line.split("|", 2)[2]]
+    assert len(rows) >= 20
+    assert [row for row in rows if words(row) not in known] == []
+
+
+def test_the_table_of_a_language_models_layers_is_computed():
+    computed = markdown(layer_costs(Setting()))
+    assert computed in (DOCS / "mathematics" / "streaming.md").read_text(encoding="utf-8")
+    assert computed in (DOCS.parent / "figures" / "n-kfac" / "layers.md").read_text(encoding="utf-8")

@@ -57,9 +57,9 @@ advice = w.advise(budget="3x")
 print(advice)
 
 # %%
-# On a layer as small as this one a dense factorisation costs next to nothing, and an inverse that is always
-# exact may well be the choice; its error is drawn at the level of rounding. At thousands of rows the cheap ones
-# take over.
+# On a layer as small as this one a dense factorisation costs next to nothing, and an inverse that is always exact
+# may well be the choice; its error is drawn at the level of rounding. At thousands of rows the cheap ones take
+# over.
 #
 # The whole table is ``advice.table``, the optimizer that the last line writes is ``KFAC(...,
 # policy=advice.policy)``.

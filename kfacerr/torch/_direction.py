@@ -23,13 +23,19 @@ class Product(NamedTuple):
         return len(self.P) * len(self.Q)
 
     def norm(self) -> Tensor:
-        """Frobenius: ||P Q^T||^2 = sum (P^T P) o (Q^T Q), in float64. Linear in d."""
+        """Frobenius: ||P Q^T||^2 = sum (P^T P) o (Q^T Q). Linear in d."""
         return self.inner(self).clamp(min=0).sqrt()
 
     def inner(self, other: "Product") -> Tensor:
-        """<P Q^T, G A^T> = sum (P^T G) o (Q^T A), in float64. Linear in d."""
-        P, Q, G, A = (X.double() for X in (*self, *other))
-        return torch.sum((P.T @ G) * (Q.T @ A))
+        """<P Q^T, G A^T> = sum (P^T G) o (Q^T A), float64. Linear in d.
+
+        The products are in the factors' precision, at the scale of their largest entries: an entry of P^T G is off
+        by eps |p_i| |g_j|, with signs that add up like sqrt(n).
+        """
+        P, Q = map(_unit, self)
+        G, A = (P, Q) if other is self else map(_unit, other)
+        products = (P.part.T @ G.part).double() * (Q.part.T @ A.part).double()
+        return products.sum() * P.largest * Q.largest * G.largest * A.largest
 
     def scaled(self, factor: Tensor) -> "Product":
         return self._replace(P=self.P * factor.to(self.P))
@@ -47,6 +53,20 @@ class Product(NamedTuple):
     def add_to(self, X: Tensor, beta: float, alpha: float) -> None:
         """X <- beta X + alpha P Q^T, for an X of as many elements, in any shape that starts with P's rows."""
         X.view(len(X), -1).addmm_(self.P, self.Q.T, beta=beta, alpha=alpha)
+
+
+class _Scaled(NamedTuple):
+    """A tensor, `part` times the 0-d float64 `largest`."""
+
+    part: Tensor
+    largest: Tensor
+
+
+def _unit(X: Tensor) -> _Scaled:
+    """X by its largest entry, so that squares stay in range."""
+    low, high = torch.aminmax(X)
+    largest = torch.maximum(high, -low)
+    return _Scaled(X / largest.masked_fill(largest == 0, 1.0), largest.double())
 
 
 Direction = Tensor | Product

@@ -12,14 +12,14 @@ from ..algorithms import Algorithm
 from ..array import map_arrays, scaled
 from ..exceptions import InputError
 from ..factor import KFactor
-from ..inverse import Inverse, precondition, precondition_linear
+from ..inverse import Inverse, application_flops, precondition, precondition_linear
 from ..process import Process, Settings
 from ..stream import Columns
 from ._direction import Product
 from ._layer import Layer
 from ._micro_batches import LayerTotals, factor_columns, gradient_columns
 from ._scaling import probe
-from .linear import FactoredLinear, formed, held
+from .linear import formed, held, is_spent
 from .policy import FactorInfo, Hyper, LayerPolicy, choice_of_side, named_process
 
 __all__ = ["KFACLayer", "process_of"]
@@ -40,11 +40,11 @@ class KFACLayer(Layer):
         mine: see `Layer`.
         shared: see `Layer`.
         policy: of the layer.
-        asked: whether Algorithm 8 is asked for, where n is small enough.
+        asked: whether Algorithm 8 may be taken.
 
     Attributes:
         factors: of sides "A" and "G"; empty until the first columns.
-        linear: whether Algorithm 8 applies; None until the first columns, which tell n.
+        linear: whether Algorithm 8 is taken where it can be; None until the first columns, which tell n.
     """
 
     def __init__(
@@ -70,11 +70,6 @@ class KFACLayer(Layer):
     def with_bias(self) -> bool:
         """Whether the bias is a column of Mat(g): it is if it is trained when the factors are made."""
         return self._infos["A"].d > self.width if self._infos else super().with_bias
-
-    @property
-    def is_factored(self) -> bool:
-        """Whether the layer is a drop-in whose backward may leave the gradient in its factors."""
-        return isinstance(self.module, FactoredLinear)
 
     @property
     def is_held(self) -> bool:
@@ -108,12 +103,29 @@ class KFACLayer(Layer):
                     f"{_kind(*there)}; convert, move or change the model before its first step"
                 )
 
-    def differs_from_columns(self, columns: Columns, unit: float) -> Tensor:
-        """Whether .grad is not `G A^T`: one product of each with a fixed vector v of signs.
+    def is_cheaper_by_columns(self, n: int) -> bool:
+        """Whether Algorithm 8 takes fewer flops than Algorithm 1 with n columns."""
+        d_A, d_G = self.dimensions
+        if n >= min(d_A, d_G):
+            return False
+        m_A, m_G = (min(info.d, self._rank(side, n)) for side, info in self._infos.items())
+        by_gradient, by_columns = application_flops(d_A, d_G, n, m_A, m_G)
+        if not self.is_held:  # the gradient is formed all the same, and compared with the columns
+            by_columns += 2.0 * d_A * d_G * (n + 1)
+        return by_columns < by_gradient
 
-        Where a part of .grad is held as factors and another is formed, the second came from elsewhere: no product
-        is needed, but whether it is zero. (Or the factors outgrew the gradient, and Algorithm 8 would save
-        nothing.) A gradient that is held is not formed for it.
+    def _rank(self, side: str, n: int) -> int:
+        """Modes of a side's estimate; r + n as long as there is none."""
+        process = process_of(self.factors[side])
+        return process.settings.rank + n if process.estimate is None else process.estimate.lowrank.m
+
+    def multiple_of_columns(self, columns: Columns, unit: float) -> Tensor:
+        """The c with .grad = c G A^T, by one product of each with a fixed vector v of signs.
+
+        Clipping by a norm leaves a multiple. Where a part of .grad is held as factors and another is formed, the
+        second came from elsewhere: no product is needed, but whether it is zero. (Or the factors outgrew the
+        gradient, and Algorithm 8 would save nothing.) So it is with gradients of an earlier step that were not
+        cleared. A gradient that is held is not formed for it.
 
         Else rounding is allowed for. With unit round-off u, entry (q, r) of .grad is off by some u |G_q| |A_r|, in
         the norms of the rows, with signs that v's are independent of: in all, .grad v by u ||G||_F ||A||_F, and
@@ -124,15 +136,20 @@ class KFACLayer(Layer):
             unit: u of the backward's products.
 
         Returns:
-            A 0-d boolean.
+            A 0-d float64 tensor: 1 where c is 1 but for rounding, NaN where .grad is no multiple.
         """
         A, G = columns
-        others = [there for p in self.parameters if held(p) and (there := formed(p)) is not None]
-        if others:
-            return torch.stack([there.any() for there in others]).any()
-        v = probe(A.shape[0], A)
-        norm = torch.linalg.vector_norm
-        return norm(self.times(v) - G @ (A.T @ v)) > 8 * unit * norm(G) * norm(A)
+        one = torch.ones((), dtype=torch.float64, device=G.device)
+        none = one * torch.nan
+        if any(is_spent(p) for p in self.parameters):
+            return none
+        if others := [there for p in self.parameters if held(p) and (there := formed(p)) is not None]:
+            return torch.where(torch.stack([there.any() for there in others]).any(), none, one)
+        v, norm = probe(A.shape[0], A), torch.linalg.vector_norm
+        have, want = self.times(v).double(), (G @ (A.T @ v)).double()
+        tolerance = 8 * unit * norm(G).double() * norm(A)
+        c = torch.where(norm(have - want) <= tolerance, one, have @ want / (want @ want))
+        return torch.where(norm(have - c * want) <= c.abs() * tolerance, c, none)
 
     # ------------------------------------------------------------------------------------------ K-factors
 
@@ -156,12 +173,10 @@ class KFACLayer(Layer):
         said = []
         for side, factor in self.factors.items():
             choice, (running,) = choice_of_side(self.policy, side), factor.processes
-            if isinstance(choice, str) and running != str(Algorithm.parse(choice)):
-                rank = Algorithm.parse(choice).get("rank", settings.rank)
-                said.append(
-                    f"layer {self.name!r}, factor {side}: r + n >= d ({rank} + {n} >= {self._infos[side].d}), "
-                    f"{running} in place of Brand's update"
-                )
+            if isinstance(choice, str) and (
+                why := Algorithm.parse(choice).no_room(settings, self._infos[side].d, n)
+            ):
+                said.append(f"layer {self.name!r}, factor {side}: {why}, {running} in place of {choice}")
         return said
 
     def _made(self, info: FactorInfo, settings: Settings) -> KFactor:
@@ -179,10 +194,10 @@ class KFACLayer(Layer):
             else:
                 factor.average.rho = hyper.settings.rho
 
-    def push(self, side: str, k: int, X: Tensor, *, gram: Tensor | None = None) -> None:
-        """Step k of (8) and of a side's process; warns where a decomposition fails, in float64 too."""
+    def push(self, side: str, k: int, X: Tensor, **sums: Any) -> None:
+        """Step k of (8) and of a side's process, `sums` for `KFactor.push`; warns where a decomposition fails."""
         try:
-            self.factors[side].push(k, X, gram=gram, finite=True)
+            self.factors[side].push(k, X, finite=True, **sums)
         except InputError as error:
             self._warn(side, k, error)
 
@@ -278,7 +293,7 @@ class KFACLayer(Layer):
         if info.d not in sizes:
             raise InputError(f"{where} d = {info.d}, not {wanted}")
         device = self.weight.device
-        factor.load_state_dict(map_arrays(dict(saved), lambda t: t.to(device, copy=True)))  # M is updated in place
+        factor.load_state_dict(map_arrays(dict(saved), lambda t: _copied(t, device)))  # M is updated in place
         return factor
 
     def _sizes(self, side: str) -> tuple[int, ...]:
@@ -286,6 +301,11 @@ class KFACLayer(Layer):
         if side == "G":
             return (self.dimensions[1],)
         return (self.width, self.width + 1) if self.bias is not None else (self.width,)
+
+
+def _copied(t: Tensor, device: torch.device) -> Tensor:
+    """With its strides: in another memory layout products are rounded otherwise, and no run resumes to the bit."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device).copy_(t)
 
 
 def _kind(d: int | None, dtype: torch.dtype, device: torch.device) -> str:

@@ -36,7 +36,6 @@ class KFACStep:
         active: the layers that have a gradient.
         totals: what all processes have of each layer, by name; empty where no columns are needed.
         columns: this process's share of what the factors take, by layer; empty in steps that update none.
-        linear: whether Algorithm 8 is to apply from now on, by layer whose first columns these are.
         by_columns: all processes' columns of the gradients that Algorithm 8 is to precondition, by layer.
 
     Raises:
@@ -57,7 +56,6 @@ class KFACStep:
             if team.size > 1 and not optimizer._agreed:
                 optimizer._agreed = agree(self.active, team, self.k)
         self.columns = self._factor_columns() if self.updating else {}
-        self.linear: dict[KFACLayer, bool] = {}
         self.by_columns = self._gradient_columns()
 
     def _factor_columns(self) -> dict[str, Columns]:
@@ -85,18 +83,9 @@ class KFACStep:
         for layer in self.active:
             if layer.linear is False or not (totals := self.totals[layer.name]).n:
                 continue
-            if layer.linear is None:
-                self.linear[layer] = layer.name in self.optimizer._named or totals.n < min(layer.dimensions)
-            if self.linear.get(layer, layer.linear):
+            if totals.n < min(layer.dimensions):
                 A, G = (self.team.gather(X, totals.widths) for X in layer.gradient_columns(totals))
                 by_columns[layer.name] = Columns(A, G)
-                if layer.is_factored and not layer.is_held:
-                    self.optimizer._say(
-                        f"formed {layer.name}",
-                        f"layer {layer.name!r}, step {self.k}: the FactoredLinear's gradient was formed before "
-                        "the step (its factors are no smaller, or something read .grad)",
-                        logging.INFO,
-                    )
         return by_columns
 
     # ---------------------------------------------------------------------------------- may it be taken?
@@ -114,33 +103,36 @@ class KFACStep:
         for pair in self.columns.values():  # a norm overflows where its factor would
             finite += [(torch.linalg.vector_norm(X) ** 2).isfinite() for X in pair]
         lost, optimizer._unfit = optimizer._unfit, {}
-        differs = [self._differs(optimizer.layers[name], pair) for name, pair in self.by_columns.items()]
+        multiples = [self._multiple(optimizer.layers[name], pair) for name, pair in self.by_columns.items()]
+        differs = [c.isnan() for c in multiples]
         questions = [~optimizer._all(finite), *(last >= 0 for last in lost.values()), *differs]
         skip, *answers = self.team.any(torch.stack([question.to(optimizer._home) for question in questions]))
         _report([item for item, was in zip(lost.items(), answers[: len(lost)], strict=True) if was])
         if skip:
             return False
-        for name, differ in zip(list(self.by_columns), answers[len(lost) :], strict=True):
+        for (name, pair), c, differ in zip(
+            list(self.by_columns.items()), multiples, answers[len(lost) :], strict=True
+        ):
+            self.by_columns[name] = pair._replace(G=c.to(pair.G) * pair.G)
             if differ:
                 del self.by_columns[name]
                 optimizer._say(
                     f"differs {name}",
-                    f"layer {name!r}, step {self.k}: .grad is not G A^T of the columns (it was clipped or changed "
-                    "otherwise, or has parts from elsewhere); such steps are taken by Algorithm 1, not 8",
+                    f"layer {name!r}, step {self.k}: .grad is no multiple of G A^T of the columns (it was "
+                    "changed, or has parts from elsewhere); such steps are taken by Algorithm 1, not 8",
+                    logging.INFO,
                 )
         return True
 
-    def _differs(self, layer: KFACLayer, columns: Columns) -> Tensor:
+    def _multiple(self, layer: KFACLayer, columns: Columns) -> Tensor:
         dtype = layer.parts[0].dtype if layer.parts else torch.float32
         unit = rounding(layer.module, dtype, layer.weight.device.type, self.optimizer._rounding)
-        return layer.differs_from_columns(columns, unit)
+        return layer.multiple_of_columns(columns, unit)
 
     # --------------------------------------------------------------------------------------- taking it
 
     def update(self) -> None:
         """Lines 5, 9 and 12-13 of Algorithm 1, or what Algorithms 4, 5 and 7 put in their place."""
-        for layer, linear in self.linear.items():
-            layer.linear = linear
         jobs = []
         for name in list(self.columns):
             layer, pair = self.optimizer.layers[name], self.columns.pop(name)
@@ -156,6 +148,11 @@ class KFACStep:
                     jobs.append(Job(layer.factors[side], X, totals.widths, partial(layer.push, side)))
         if jobs:
             update_together(self.team, self.k, jobs)
+        for layer in self.active:
+            if layer.linear is None and (n := self.totals[layer.name].n):
+                layer.linear = layer.is_cheaper_by_columns(n)
+                if not layer.linear:
+                    self.by_columns.pop(layer.name, None)
 
     def directions(self) -> Iterator[tuple[nn.Parameter, Direction]]:
         """Algorithm 1 l.15-18, with the clip, by parameter."""

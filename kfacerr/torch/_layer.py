@@ -11,7 +11,7 @@ from ._micro_batches import MicroBatch, micro_batch
 from ._scaling import ScaleProbe, probe
 from .columns import is_transposed, weight_from_matrix, weight_matrix
 from .follower import Capture
-from .linear import FactoredParameter, forget, formed, has_gradient, held
+from .linear import FactoredParameter, formed, has_gradient, held, spend
 
 __all__ = ["Layer"]
 
@@ -91,10 +91,10 @@ class Layer:
             capture.release()
 
     def discard(self) -> None:
-        """Drops the columns, and gradients that are held as factors."""
+        """Drops the columns. Gradients stay until they are cleared, but are not taken for the next step's."""
         self.parts.clear()
         if self.is_optimized:
-            forget(self.parameters)
+            spend(self.parameters)
 
     # ------------------------------------------------------------------------------------------- gradient
 

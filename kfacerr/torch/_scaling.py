@@ -11,12 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import positive
 from ..exceptions import InputError
 from .distributed import Team
 
-__all__ = ["ScaleCheck", "ScaleProbe", "probe"]
+__all__ = ["ScaleCheck", "ScaleProbe", "probe", "read_scale"]
 
 _LEAST = 2**8  # a GradScaler starts from 2^16
+
+
+def read_scale(loss_scale: float | Callable[[], float]) -> float:
+    """The loss scale as it is now; an InputError if it is no scale."""
+    return positive(loss_scale() if callable(loss_scale) else loss_scale, "loss_scale")
 
 
 class ScaleProbe(NamedTuple):

@@ -6,10 +6,13 @@ has the columns `sqrt(b_i/B) A_i` and `sqrt(B/b_i) G_i/W`, which for equal batch
 `G_i/sqrt(W)`.
 
 Processes that read columns (Brand's) get all of them, gathered; a dense factor that only an EVD or RSVD reads gets
-the sum of the `X_i X_i^T`. Each decomposition that is due is done by one process and its result broadcast, the
-largest first, each to the process with the least to do. Sketches and choices are drawn by the one that decomposes,
-and the state of its generator is broadcast too. K-FAC decomposes nothing before its inverse is asked for, and each
-process takes that by itself. So all processes hold the same state, and a checkpoint of one is good for any number.
+the sum of the `X_i X_i^T`. A streaming sketch (N-KFAC's) gets the sum of the `X_i X_i^T Omega`, (d, s) numbers
+however many columns there are; where Omega changes each process changes it by itself, and then takes one's state.
+
+Each decomposition that is due is done by one process and its result broadcast, the largest first, each to the
+process with the least to do. Sketches and choices are drawn by the one that decomposes, and the state of its
+generator is broadcast too. K-FAC and N-KFAC decompose nothing before their inverse is asked for, and each process
+takes that by itself. So all processes hold the same state, and a checkpoint of one is good for any number.
 """
 
 import math
@@ -177,37 +180,43 @@ class Job(NamedTuple):
 
 def update_together(team: Team, k: int, jobs: Sequence[Job]) -> None:
     """Step k of (8) and of the processes of all factors. Every process calls it with the same factors."""
-    due: list[tuple[Job, Tensor, Tensor | None]] = []
+    due: list[tuple[Job, Tensor, dict[str, Any]]] = []
     for job in jobs:
-        X, gram = _shared_columns(team, job)
-        if job.factor.due(k):
-            due.append((job, X, gram))
+        decomposes = job.factor.due(k)
+        X, sums = _shared_columns(team, k, job)
+        if decomposes:
+            due.append((job, X, sums))
         else:
-            job.push(k, X, gram=gram)
+            job.push(k, X, **sums)
     if not due:
         return
     owners = assign([job.cost for job, _, _ in due], team.size)
     mine = {}
-    for i, ((job, X, gram), owner) in enumerate(zip(due, owners, strict=True)):
+    for i, ((job, X, sums), owner) in enumerate(zip(due, owners, strict=True)):
         if owner == team.rank:
-            job.push(k, X, gram=gram)
+            job.push(k, X, **sums)
             mine[i] = _process(job).state_dict()
         else:
-            job.factor.absorb(job.factor.admit(X, finite=True), gram=gram)
+            job.factor.absorb(job.factor.admit(X, finite=True), gram=sums.get("gram"))
     states = team.exchange(mine, owners, due[0][1].device)
     for (job, _, _), state in zip(due, states, strict=True):
         _process(job).load_state_dict(state)
 
 
-def _shared_columns(team: Team, job: Job) -> tuple[Tensor, Tensor | None]:
-    """All processes' columns where the factor's process reads them; else this one's, and the sum of all X X^T."""
-    factor, X = job.factor, job.X
-    if factor.needs_columns:
-        return team.gather(X, job.widths), None
+def _shared_columns(team: Team, k: int, job: Job) -> tuple[Tensor, dict[str, Any]]:
+    """All processes' columns where the factor's process reads them; else this one's, and the sums for `push`:
+
+    of the X X^T, or of the shares of a process that `adds`.
+    """
+    factor, process, X = job.factor, _process(job), job.X
+    if factor.needs_columns and not process.adds:
+        return team.gather(X, job.widths), {}
     if factor.unit is None:
         factor.set_unit(team.largest(X))
     own = factor.admit(X, finite=True)
-    return X, team.sum(own @ own.T)
+    if process.adds:
+        return X, {"total": {name: team.sum(part) for name, part in process.share(k, own).items()}}
+    return X, {"gram": team.sum(own @ own.T)}
 
 
 def _process(job: Job) -> Process:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..checks import instance, names, positive
 from ..exceptions import InputError
 from ..stream import Columns
 from ._autograd import Backward, gradient_node, wanted
@@ -268,7 +269,8 @@ class ColumnHooks:
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str]) -> None:
-        self.layers = (layers,) if isinstance(layers, str) else tuple(layers)
+        instance(model, "the model", nn.Module)
+        self.layers = names((layers,) if isinstance(layers, str) else layers, "layers")
         self._modules = _find_layers(model, self.layers)
         self._follower = Follower(
             self._modules,
@@ -298,6 +300,7 @@ class ColumnHooks:
             InputError: if a layer was not reached by the forward or by the backward, or its input has been
                 overwritten in place since the forward.
         """
+        positive(loss_scale, "loss_scale")
         reached = set(self._follower.reached)
         captures = self._follower.take()
         columns = {}

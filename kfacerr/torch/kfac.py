@@ -1,4 +1,4 @@
-"""The K-FAC family as one torch optimizer: Algorithms 1, 4, 5 and 7, and Algorithm 8 as a switch.
+"""The K-FAC family as one torch optimizer: Algorithms 1, 4, 5 and 7, N- and W-KFAC, and Algorithm 8 as a switch.
 
     optimizer = KFAC(model, "B-KFAC", lr=0.3, steps_per_epoch=len(loader))
     for x, y in loader:
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checks import choice, instance, is_number, switch, whole
 from ..exceptions import InputError
 from ..inverse import CONTINUATIONS
-from ..process import is_number
 from ._kfac_layer import KFACLayer
 from ._kfac_step import KFACStep
 from ._likelihoods import LIKELIHOODS
@@ -53,8 +53,11 @@ class KFAC(LayerOptimizer):
     all their batches; see `kfacerr.torch.distributed`. Every process makes an optimizer with the same arguments,
     and calls the same steps.
 
-    A `FactoredLinear` (`kfacerr.torch.factored`) gets Algorithm 8 without being asked to, and its gradient is not
-    formed unless something reads .grad. The step uses it up: after it .grad is None.
+    Where a layer has fewer columns than min(d_A, d_G), and it takes fewer operations, its step is made from them
+    and not from .grad (Algorithm 8). Its `nn.Linear` becomes a `FactoredLinear` for it, in place, the same layer
+    but for the backward: .grad is there as the factors of G A^T, and is formed when something reads it.
+    A step where .grad is no multiple of that, because it was changed otherwise than by clipping its norm, or has
+    parts from elsewhere (a penalty in the loss), is taken by Algorithm 1, and the log says so once.
 
     Scaling: batch means as in §2, convolutions as in Grosse & Martens (2016). The loss must be a mean over the
     batch. Damping (§6): lam = phi_lambda * lambda_max of the factor's own representation.
@@ -62,8 +65,9 @@ class KFAC(LayerOptimizer):
     Args:
         model: the network.
         algorithm: a preset by the paper's name: "K-FAC", "R-KFAC", "SRE-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C".
-            The B- presets use theirs on the first fully connected layer and R-KFAC on all others (§3.5). A factor
-            with r + n >= d gets R-KFAC in its place.
+            The B- presets use theirs on the first fully connected layer and R-KFAC on all others (§3.5); "N-KFAC"
+            and "W-KFAC", which the paper did not have, are on all. A factor too small for its process gets R-KFAC
+            in its place: one with r + n >= d in place of B-, one with 2 s >= d in place of N-KFAC, s being 2 r.
         params: parameters or groups, as for any optimizer; the model's by default. Groups may have their own lr,
             momentum, weight_decay and clip (of a layer: its weight's).
         lr: learning rate, alpha.
@@ -75,10 +79,7 @@ class KFAC(LayerOptimizer):
         clip_by: "layer", or "kl" for one factor min(1, sqrt(clip / sum_l lr^2 <S_l, g_l>)) on all layers.
         weight_decay: decoupled from the preconditioning: added to the update, after the clip.
         momentum: as in SGD, of the clipped and decayed step.
-        linear_application: Algorithm 8, True for every layer with n < min(d_A, d_G), or the names of some. The
-            step is then made from this step's columns and not from .grad. A step where the two differ, because
-            the gradient was clipped or changed otherwise, or has parts from elsewhere (a penalty in the loss), is
-            taken by Algorithm 1, and the log says so once. .grad is formed all the same, but for a FactoredLinear.
+        linear_application: False for Algorithm 1 in all steps.
         fisher: "empirical" or "sampled"; see `sample_fisher`.
         loss_scale: see `LayerOptimizer`; for a GradScaler pass `scaler.get_scale`. If it is left at 1, the first
             update refuses a .grad that is smaller than the columns' by one power of two in all layers, from 2^8
@@ -125,31 +126,29 @@ class KFAC(LayerOptimizer):
         clip_by: str = "layer",
         weight_decay: Scheduled = 7e-4,
         momentum: Scheduled = 0.0,
-        linear_application: bool | Sequence[str] = False,
+        linear_application: bool = True,
         fisher: str = "empirical",
         loss_scale: float | Callable[[], float] = 1.0,
         skip_nonfinite: bool = True,
         data_parallel: bool = True,
         **hyper: Unpack[Given],
     ) -> None:
-        _check_choice("algorithm", algorithm, PRESETS)
-        _check_choice("continuation", hyper.get("continuation", "min"), CONTINUATIONS)
-        _check_choice("clip_by", clip_by, ("layer", "kl"))
-        _check_choice("fisher", fisher, ("empirical", "sampled"))
-        if linear_application and fisher == "sampled":
-            raise InputError("linear_application needs fisher='empirical': of sampled labels G A^T is no gradient")
-        if steps_per_epoch is not None and steps_per_epoch < 1:
-            raise InputError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}")
+        choice(algorithm, "algorithm", PRESETS)
+        choice(hyper.get("continuation", "min"), "continuation", CONTINUATIONS)
+        choice(clip_by, "clip_by", ("layer", "kl"))
+        choice(fisher, "fisher", ("empirical", "sampled"))
+        if steps_per_epoch is not None:
+            whole(steps_per_epoch, "steps_per_epoch", 1)
         self.algorithm = algorithm
         self.policy = policy or {}
         self.schedules = Schedules(PRESETS[algorithm], hyper)
         self.steps_per_epoch = steps_per_epoch
         self.clip_by = clip_by
-        self.linear_application = linear_application
+        self.linear_application = switch(linear_application, "linear_application")
         self.fisher = fisher
         self._group_schedules: list[dict[str, Callable[[int], float]]] = []
         self._unfit: dict[str, Tensor] = {}  # the last step whose S was not finite, by layer, on its device
-        _check_names(model, self.policy, self._named)
+        _check_names(model, self.policy)
         super().__init__(
             model,
             params,
@@ -159,9 +158,6 @@ class KFAC(LayerOptimizer):
             data_parallel=data_parallel,
             left_out={name for name, choice in self.policy.items() if choice == SGD},
         )
-        for name in self._named:
-            if name not in self.layers:
-                raise InputError(f"layer {name!r} is not preconditioned: Algorithm 8 cannot apply to it")
 
     # ---------------------------------------------------------------------------------------- the epoch
 
@@ -172,7 +168,7 @@ class KFAC(LayerOptimizer):
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self._epoch = int(epoch)
+        self._epoch = whole(epoch, "the epoch")
         self._switch()
 
     def _epoch_of(self, k: int, given: int | None) -> int:
@@ -215,20 +211,13 @@ class KFAC(LayerOptimizer):
             self._first_fc = next((name for name, m in trained if not self._why_plain("", m, shared)), None)
         super()._follow()
 
-    @property
-    def _named(self) -> tuple[str, ...]:
-        """The layers that Algorithm 8 is asked for by name."""
-        names = self.linear_application
-        if isinstance(names, bool):
-            return ()
-        return (names,) if isinstance(names, str) else tuple(names)
-
     def _made_layer(self, name: str, module: nn.Module, shared: set[nn.Parameter]) -> KFACLayer:
         preset = PRESETS[self.algorithm]
         policy = self.policy.get(name, preset.first_fc if name == self._first_fc else preset.others)
-        empirical, factored = self.fisher == "empirical", isinstance(module, FactoredLinear)
-        asked = self.linear_application is True or name in self._named or (factored and empirical)
-        if factored and not empirical:
+        asked = self.linear_application and self.fisher == "empirical"  # of sampled labels G A^T is no gradient
+        if asked and type(module) is nn.Linear:
+            module.__class__ = FactoredLinear
+        elif isinstance(module, FactoredLinear) and self.fisher == "sampled":
             self._say(
                 f"sampled {name}",
                 f"layer {name!r}: fisher='sampled', where G A^T is not the gradient: Algorithm 1, and the "
@@ -263,8 +252,10 @@ class KFAC(LayerOptimizer):
         if self.fisher != "sampled":
             raise InputError("sample_fisher() needs an optimizer made with fisher='sampled'")
         if isinstance(likelihood, str):
-            _check_choice("likelihood", likelihood, LIKELIHOODS)
-            likelihood = LIKELIHOODS[likelihood]
+            likelihood = LIKELIHOODS[choice(likelihood, "likelihood", LIKELIHOODS)]
+        if not callable(likelihood):
+            raise InputError(f"likelihood must be a name or a function, got {likelihood!r}")
+        instance(output, "the output", Tensor)
         if self.k % self.hyper.T_updt:
             return
         layers = [layer for layer in self.layers.values() if layer.is_optimized and layer.weight.requires_grad]
@@ -326,6 +317,8 @@ class KFAC(LayerOptimizer):
             raise InputError(
                 f"the state has other layers: {', '.join(map(repr, odd))} in one and not in the other"
             )
+        if state["epoch"] is not None:
+            whole(state["epoch"], "the epoch")
         # The epoch may be unknown as yet: a factor takes the values of its own at its next update.
         settings = self.schedules.at(self._epoch_of(state["k"], state["epoch"])).settings
         layers = [self.layers[name].restored(saved, settings) for name, saved in state["layers"].items()]
@@ -338,25 +331,20 @@ class KFAC(LayerOptimizer):
         return take
 
 
-def _check_names(model: nn.Module, policy: Any, named: Sequence[str]) -> None:
-    """Refuses a policy, or a layer for Algorithm 8, that the model has not."""
+def _check_names(model: nn.Module, policy: Any) -> None:
+    """Refuses a policy for layers that the model has not."""
     if not isinstance(policy, Mapping):
         raise InputError(f"policy must map layer names to choices, got {policy!r}")
     modules = dict(unwrapped(model).named_modules())
-    for name in [*policy, *named]:
+    for name in policy:
         if name not in modules:
             raise InputError(f"the model has no layer {name!r}")
-    for name, choice in policy.items():
-        check_policy(name, choice)
-        if choice != SGD and (reason := unfollowable(modules[name])):
+    for name, chosen in policy.items():
+        check_policy(name, chosen)
+        if chosen != SGD and (reason := unfollowable(modules[name])):
             raise InputError(f"layer {name!r} {reason}: it cannot be preconditioned")
 
 
 def _is_trained(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return weight is not None and weight.requires_grad
-
-
-def _check_choice(what: str, value: str, among: Iterable[str]) -> None:
-    if value not in among:
-        raise InputError(f"{what} {value!r} is not one of {', '.join(among)}")

@@ -6,6 +6,7 @@ gives each layer's direction d; then `buf = momentum buf + d + weight_decay p`, 
 """
 
 import logging
+import math
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..array import map_arrays
+from ..checks import is_number, whole
 from ..exceptions import InputError
-from ..process import is_number
 from ._direction import Direction, descend
 from ._layer import Layer
 from ._precision import full_precision
-from ._scaling import ScaleCheck
+from ._scaling import ScaleCheck, read_scale
 from .distributed import Team, is_sharded
 from .follower import Capture, Follower, release, shared_parameters, unfollowable
 from .linear import forget
@@ -81,6 +82,8 @@ class LayerOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.model = model = unwrapped(model)
         self.loss_scale = loss_scale
+        if not callable(loss_scale):
+            read_scale(loss_scale)
         self.skip_nonfinite = skip_nonfinite
         self.data_parallel = data_parallel
         self._left_out = left_out
@@ -130,6 +133,8 @@ class LayerOptimizer(torch.optim.Optimizer):
                 raise InputError(f"{name} must be a number, got {group[name]!r}")
             if not group[name] >= 0:
                 raise InputError(f"{name} must not be negative, got {group[name]}")
+            if group[name] == math.inf:
+                raise InputError(f"{name} must be finite, got {group[name]}")
 
     def _undirected(self, grad: Tensor, group: Mapping[str, Any]) -> Tensor:
         """The direction of a parameter that no layer gave one to."""
@@ -272,7 +277,7 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     def _read_scale(self) -> float:
         """The loss scale, which the layers are told."""
-        scale = float(self.loss_scale() if callable(self.loss_scale) else self.loss_scale)
+        scale = read_scale(self.loss_scale)
         for layer in self.layers.values():
             layer.loss_scale = scale
         return scale
@@ -349,7 +354,13 @@ def _read_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
     if own is None:
         name = type(optimizer).__name__
         raise InputError(f"the state is not of a {name} optimizer: it has no {optimizer._key!r} entry")
-    optimizer._take_state = optimizer._prepared(own)
+    try:
+        whole(own["k"], "the state's k")
+        optimizer._take_state = optimizer._prepared(own)
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the state is damaged or of another version: {type(error).__name__}: {error}") from error
     state = map_arrays(state_dict["state"], torch.clone)  # momentum is updated in place
     return {**state_dict, "state": state, "param_groups": [first, *others]}
 

@@ -1,12 +1,10 @@
 """The drop-in for `nn.Linear` of Algorithm 8: a backward that keeps the factors G, A and does not form `G A^T`.
 
-    model = factored(model)  # its Linear layers, in place: parameters, state_dict keys and names stay
-    optimizer = KFAC(model, "B-KFAC")  # the training loop as ever
-
-`.grad` of such a layer's parameters is there as the factors of each backward, and is formed when something reads
-it. `KFAC` does not read it: it preconditions the factors and forms the step alone (Algorithm 8). Whatever does
-read it gets the gradient that `nn.Linear` would have left, at the same cost: SGD, `clip_grad_norm_`, a
-`GradScaler`, a print. So nothing trains wrongly; at worst nothing is saved.
+`KFAC` makes a model's linear layers so, and `factored` does it for an optimizer of your own; parameters and the
+keys of `state_dict` stay. `.grad` of such a layer's parameters is there as the factors of each backward, and is
+formed when something reads it. `KFAC` does not read it: it preconditions the factors and forms the step alone
+(Algorithm 8). Whatever does read it gets the gradient that `nn.Linear` would have left, at the same cost: SGD,
+`clip_grad_norm_`, a `GradScaler`, a print. So nothing trains wrongly; at worst nothing is saved.
 
 The gradient is formed in the backward, as by `nn.Linear`, where deferring it would save nothing or could not be
 exact: the factors of all backwards since the last step take more memory than the gradient; hooks on the parameters
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import checks
 from ..exceptions import InputError
 from ._autograd import wanted
 
@@ -66,6 +65,7 @@ class FactoredParameter(nn.Parameter):
     """A parameter whose `.grad` may be there as factors until it is read."""
 
     _shares: tuple[Share, ...] = ()
+    _spent = False  # whether a step has used shares that are still there
 
     @property
     def grad(self) -> Tensor | None:
@@ -74,7 +74,7 @@ class FactoredParameter(nn.Parameter):
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
-        self._shares = ()
+        self._shares, self._spent = (), False
         _grad.__set__(self, value)
 
     @grad.deleter
@@ -84,7 +84,7 @@ class FactoredParameter(nn.Parameter):
     @torch.no_grad()
     def form(self, loss_scale: float = 1.0) -> None:
         """Adds what is held as factors, divided by `loss_scale`, to the gradient that is there."""
-        shares, self._shares = self._shares, ()
+        shares, self._shares, self._spent = self._shares, (), False
         for share in shares:
             with torch.autocast(self.device.type, enabled=False):
                 J = share.formed().to(self.dtype)
@@ -122,7 +122,7 @@ def finite_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
         parts = [] if (g := formed(p)) is None else [g.coalesce().values() if g.is_sparse else g]
         for share in held(p):
             parts += [share.grad] if share.x is None else [share.grad, share.x]
-        finite += [torch.linalg.vector_norm(X, float("inf")).isfinite() for X in parts if X.numel()]
+        finite += [torch.stack(torch.aminmax(X)).isfinite().all() for X in parts if X.numel()]
     return finite
 
 
@@ -130,7 +130,19 @@ def forget(parameters: Iterable[Tensor]) -> None:
     """Drops what is held as factors."""
     for p in parameters:
         if isinstance(p, FactoredParameter):
-            p._shares = ()
+            p._shares, p._spent = (), False
+
+
+def spend(parameters: Iterable[Tensor]) -> None:
+    """Marks what is held as factors as used by a step: it can be read until it is cleared."""
+    for p in parameters:
+        if isinstance(p, FactoredParameter):
+            p._spent = bool(p._shares)
+
+
+def is_spent(p: Tensor) -> bool:
+    """Whether a part of a parameter's gradient was used by a step before, and not cleared."""
+    return isinstance(p, FactoredParameter) and p._spent
 
 
 class _Linear(torch.autograd.Function):
@@ -233,10 +245,10 @@ def factored(model: Model, names: Iterable[str] | None = None) -> Model:
     Raises:
         InputError: there is no such layer, or it is not an nn.Linear.
     """
-    modules = dict(model.named_modules())
-    if isinstance(names, str):
-        names = (names,)
-    chosen = [n for n, m in modules.items() if type(m) is nn.Linear] if names is None else list(names)
+    modules = dict(checks.instance(model, "the model", nn.Module).named_modules())
+    chosen: Iterable[str] = [n for n, m in modules.items() if type(m) is nn.Linear]
+    if names is not None:
+        chosen = checks.names((names,) if isinstance(names, str) else names, "names")
     for name in chosen:
         if name not in modules:
             raise InputError(f"the model has no layer {name!r}")

@@ -1,8 +1,9 @@
 """Which process follows which K-factor, and its hyper-parameters as schedules of the epoch (§3.5, §6).
 
 A choice is a name of `kfacerr.algorithms` ("K-FAC": EVD, "R-KFAC": RSVD, "SRE-KFAC": SREVD, "B-KFAC": Brand,
-"B-R-KFAC": Brand with overwriting, "B-KFAC-C": Brand with correction), possibly with settings of its own that no
-schedule then touches ("R-KFAC T_inv=10 rank=50"), or a function that makes a process of your own, or "SGD".
+"B-R-KFAC": Brand with overwriting, "B-KFAC-C": Brand with correction, "N-KFAC": streaming and "W-KFAC": warm
+Nyström), possibly with settings of its own that no schedule then touches ("R-KFAC T_inv=10 rank=50"), or a
+function that makes a process of your own, or "SGD".
 """
 
 from collections.abc import Callable, Mapping
@@ -12,9 +13,10 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 
 from ..algorithms import Algorithm
+from ..checks import whole
 from ..exceptions import InputError
 from ..inverse import check_phi
-from ..process import Process, Settings, is_number
+from ..process import Process, Settings
 
 __all__ = [
     "DEFAULTS",
@@ -56,7 +58,10 @@ LayerPolicy = Choice | Mapping[str, Choice]
 
 
 class Preset(NamedTuple):
-    """One algorithm of §6: B- variants on the first FC layer only, R-KFAC on all others (§3.5)."""
+    """One algorithm of §6: B- variants on the first FC layer only, R-KFAC on all others (§3.5).
+
+    N-KFAC, which needs nothing dense however many columns come, is on all layers with room for it.
+    """
 
     first_fc: str
     others: str
@@ -70,6 +75,8 @@ PRESETS = {
     "B-KFAC": Preset("B-KFAC", "R-KFAC", T_brand=125),
     "B-R-KFAC": Preset("B-R-KFAC", "R-KFAC", T_brand=25),
     "B-KFAC-C": Preset("B-KFAC-C", "R-KFAC", T_brand=125),
+    "N-KFAC": Preset("N-KFAC", "N-KFAC"),
+    "W-KFAC": Preset("W-KFAC", "W-KFAC"),
 }
 
 
@@ -175,12 +182,8 @@ class Schedules:
         if self._held is None or self._held[0] != epoch:
             values = {name: value(epoch) if callable(value) else value for name, value in self._given.items()}
             T_updt, phi = values.pop("T_updt"), values.pop("phi_lambda")
-            if not is_number(T_updt) or not 1 <= T_updt < float("inf") or T_updt % 1:
-                raise InputError(f"T_updt must be a whole number of at least 1, got {T_updt!r}")
-            if not is_number(phi):
-                raise InputError(f"phi_lambda must be a number, got {phi!r}")
             check_phi(phi)
-            self._held = epoch, Hyper(Settings(**values), int(T_updt), float(phi))
+            self._held = epoch, Hyper(Settings(**values), whole(T_updt, "T_updt", 1), float(phi))
         return self._held[1]
 
 
@@ -215,7 +218,7 @@ def check_policy(layer: str, policy: LayerPolicy) -> None:
 
 
 def named_process(choice: Choice, info: FactorInfo, settings: Settings) -> tuple[str, Process]:
-    """The process of a choice; one that needs r + n < d gives way where it has no room (§3.5).
+    """The process of a choice; one that has no room gives way (`Algorithm.for_factor`).
 
     Draws differ between layers, factors and algorithms, and repeat with the seed.
 

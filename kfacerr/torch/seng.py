@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..array import map_arrays
+from ..checks import is_number, names, whole
 from ..exceptions import InputError
-from ..process import is_number
 from ._curvature import (
     Curvature,
     DenseGradients,
@@ -85,12 +85,10 @@ class SENGLayer(Layer):
         """Live tensors and plain values; None before the first curvature."""
         return None if self.curvature is None else self.curvature.state_dict()
 
-    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Takes what `state_dict` gave, on the weight's device."""
+    def restored(self, state: Mapping[str, Any] | None) -> Curvature | None:
+        """The curvature that `state_dict` gave, on the weight's device."""
         device = self.weight.device
-        self.curvature = None
-        if state is not None:
-            self.curvature = Curvature.from_state(map_arrays(dict(state), lambda t: t.to(device)))
+        return None if state is None else Curvature.from_state(map_arrays(dict(state), lambda t: t.to(device)))
 
 
 class SENG(LayerOptimizer):
@@ -169,10 +167,12 @@ class SENG(LayerOptimizer):
         params: Iterable[Any] | None = None,
         seed: int = 0,
     ) -> None:
-        _require("update_every", update_every, update_every >= 1, "at least 1")
-        _require("im_size_threshold", im_size_threshold, im_size_threshold >= 0, "at least 0")
+        whole(update_every, "update_every", 1)
+        whole(im_size_threshold, "im_size_threshold")
+        whole(seed, "seed", 0, 2**63 - 1)
         for name, value in (("fim_col_sample_size", fim_col_sample_size), ("svd_rank", svd_rank)):
-            _require(name, value, value is None or value >= 1, "at least 1, or None")
+            if value is not None:
+                whole(value, name, 1)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise InputError("SENG runs in one process: the curvature is not shared by DistributedDataParallel")
         self.update_every = update_every
@@ -181,7 +181,8 @@ class SENG(LayerOptimizer):
         self.svd_rank = svd_rank
         self._drawn = torch.Generator().manual_seed(seed).get_state()
         self._age: int | None = None  # steps since the last refresh; None before the first
-        names = {name for name, _ in unwrapped(model).named_modules()}
+        there = {name for name, _ in unwrapped(model).named_modules()}
+        chosen = there if layers is None else names(layers, "layers")
         super().__init__(
             model,
             params,
@@ -189,7 +190,7 @@ class SENG(LayerOptimizer):
             loss_scale=loss_scale,
             skip_nonfinite=skip_nonfinite,
             data_parallel=data_parallel,
-            left_out=names - set(names if layers is None else layers),
+            left_out=there - set(chosen),
         )
         modules = dict(self.model.named_modules())
         for name in layers or ():
@@ -214,7 +215,8 @@ class SENG(LayerOptimizer):
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
         damping = group["damping"]
-        _require("damping", damping, is_number(damping) and damping > 0, "above 0")
+        if not is_number(damping) or not 0 < damping < math.inf:
+            raise InputError(f"damping must be above 0, got {damping!r}")
 
     # ---------------------------------------------------------------------------------------------- step
 
@@ -316,10 +318,13 @@ class SENG(LayerOptimizer):
         if unknown := set(state["layers"]) - set(self.layers):
             raise InputError(f"the state has curvature of layers that are not followed: {sorted(unknown)}")
 
+        drawn = state["drawn"].cpu()
+        curvatures = {name: self.layers[name].restored(saved) for name, saved in state["layers"].items()}
+
         def take() -> None:
-            self.k, self._age, self._drawn = state["k"], state["age"], state["drawn"].cpu()
-            for name, saved in state["layers"].items():
-                self.layers[name].load_state_dict(saved)
+            self.k, self._age, self._drawn = state["k"], state["age"], drawn
+            for name, curvature in curvatures.items():
+                self.layers[name].curvature = curvature
 
         return take
 
@@ -334,8 +339,3 @@ def _joined(columns: list[Tensor], batches: list[int]) -> Tensor:
         positions = X.reshape(len(X), b, -1)
         filled.append(F.pad(positions, (0, longest - positions.shape[2])).flatten(1))
     return torch.cat(filled, dim=1)
-
-
-def _require(name: str, value: object, valid: bool, what: str) -> None:
-    if not valid:
-        raise InputError(f"{name} must be {what}, got {value!r}")

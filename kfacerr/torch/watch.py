@@ -23,14 +23,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..advice import Advice, Budget, advise_recording
 from ..algorithms import SEVEN, Algorithm
+from ..checks import instance, names, path_of, whole
 from ..exceptions import InputError
 from ..process import Settings
 from ..recorder import RecordingWriter
 from ..recording import Recording
 from ..report import Measurement, Report, default_rank
-from ..stream import Columns, Step, Window, Windows, as_windows
+from ..stream import Columns, Step, Window, Windows, ordered
 from ..study import ErrorStudy
 from ._micro_batches import LayerTotals, gradient_columns, micro_batch
+from ._scaling import read_scale
 from .follower import Capture, Follower, followable_layers, release
 
 __all__ = ["Watch", "watch"]
@@ -82,11 +84,14 @@ def watch(
     Raises:
         InputError: no such layer, none that can be followed, or a value out of range.
     """
-    if every < 1:
-        raise InputError(f"every must be at least 1 step, got {every}")
+    whole(every, "every", 1)
+    instance(model, "the model", nn.Module)
+    if not callable(loss_scale):
+        read_scale(loss_scale)
     settings = Settings(rank=1 if rank is None else rank, rho=rho, continuation=continuation, seed=seed)
     chosen = _chosen(model, layers)
-    named = tuple(dict.fromkeys(map(str, map(Algorithm.parse, algorithms))))
+    listed = names(algorithms, "algorithms", str, Algorithm)
+    named = tuple(dict.fromkeys(map(str, map(Algorithm.parse, listed))))
     measured = _Windows(every, windows)
     ErrorStudy(named, settings, measured.windows, phi=phi)  # refuses now what it would refuse in the training
     return Watch(chosen, named, settings, rank, phi, measured, record, loss_scale)
@@ -105,7 +110,9 @@ class _Windows:
             starts = (self.FIRST * every * self.GROWTH**j for j in range(self.COUNT))
             self.windows = [Window(start, self.UPDATES * every) for start in starts]
         else:
-            self.windows = sorted(as_windows(given))
+            self.windows = ordered(given)
+            if not self.windows:
+                raise InputError("no window to measure in is given")
 
     def updates(self, k: int) -> bool:
         """Whether the factors take iteration k's columns."""
@@ -153,7 +160,7 @@ class Watch:
         self.layers = list(modules)
         self._modules, self._algorithms, self._settings, self._rank = modules, algorithms, settings, rank
         self._phi, self._windows, self._loss_scale = phi, windows, loss_scale
-        self._record = None if record is None else Path(record)
+        self._record = None if record is None else path_of(record)
         self._measurements: dict[str, Measurement] = {}
         self._stopped: dict[str, str] = {}  # layers that could not be measured on, and why
         self._seconds = 0.0
@@ -228,7 +235,7 @@ class Watch:
 
     def _columns(self, name: str, passes: Sequence[Capture]) -> Columns:
         """The columns of the whole step, in the precision that they are measured in."""
-        scale = float(self._loss_scale() if callable(self._loss_scale) else self._loss_scale)
+        scale = read_scale(self._loss_scale)
         parts = [micro_batch(capture, scale) for capture in passes]
         batch, n = sum(part.batch for part in parts), sum(part.columns.A.shape[1] for part in parts)
         columns = gradient_columns(parts, LayerTotals(batch, (n,), double=False))
@@ -303,8 +310,6 @@ class Watch:
 
 def _chosen(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, nn.Module]:
     """The layers by name: those that names and patterns fit, or the largest."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"the model must be an nn.Module, got {type(model).__name__}")
     modules = dict(model.named_modules())
     there = followable_layers(model)
     told = f"the layers that can be followed: {', '.join(there) or 'none'}"
@@ -314,11 +319,13 @@ def _chosen(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, n
         largest = max(there, key=lambda name: _size(modules[name].weight))
         return {largest: modules[largest]}
     found: dict[str, nn.Module] = {}
-    for pattern in (layers,) if isinstance(layers, str) else layers:
+    for pattern in names((layers,) if isinstance(layers, str) else layers, "layers"):
         fitting = [name for name in there if name == pattern or fnmatch.fnmatchcase(name, pattern)]
         if not fitting:
             raise InputError(f"no layer to watch fits {pattern!r}; {told}")
         found |= {name: modules[name] for name in fitting}
+    if not found:
+        raise InputError(f"no layer to watch is named; {told}")
     return found
 
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from kfacerr.command import Parser, check_at_least, run
+from kfacerr.command import Parser, check_at_least, path, run
 from kfacerr.files import write_text
 from kfacerr.inverse import exact_inverse, precondition
 from studies.bench import rounds
@@ -57,7 +57,7 @@ from studies.bench.contestants import (
 )
 from studies.bench.yardsticks import PHI, RHO
 from studies.environment import environment, hardware
-from studies.jobs import open_output
+from studies.jobs import alone, open_output
 
 __all__ = ["check", "chosen", "first_layers", "fixed_damping", "main", "measure", "summary"]
 
@@ -274,8 +274,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--without", nargs="+", default=[], choices=tuple(PACKAGES), metavar="NAME", help="asdl, singd: leave out"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    return run("peers", parser, _run, argv)
+    parser.add_argument("--out", type=path, required=True, metavar="DIR")
+    return run("peers", parser, alone(_run), argv)
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,6 @@ import gc
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,13 +24,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from kfacerr.command import Parser, check_at_least, run
+from kfacerr.command import Parser, check_at_least, path, run, say
 from kfacerr.exceptions import InputError
 from kfacerr.files import write_text
 from studies.bench import rounds, tasks
 from studies.bench.tasks import BRAND, FLOOR, NAIVE, OURS, QR, STUDY, UP_TO, UPDATE, Draw, Ways
 from studies.bench.yardsticks import columns
 from studies.environment import hardware, select_device
+from studies.jobs import alone
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -189,8 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--largest-dense", type=int, default=8192, metavar="D", help="of what forms (d, d) matrices"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    return run("speed", parser, _run, argv)
+    parser.add_argument("--out", type=path, required=True, metavar="DIR")
+    return run("speed", parser, alone(_run), argv)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -218,7 +218,7 @@ def _run(arguments: argparse.Namespace) -> None:
             _write(arguments, device, pd.concat(times, ignore_index=True), pd.concat(memory))
             del ways
             gc.collect()
-    print(f"speed: results are in {arguments.out}", file=sys.stderr)
+    say(f"speed: results are in {arguments.out}")
 
 
 def _ways(task: str, d: int, r: int, draw: Draw, arguments: argparse.Namespace) -> Ways:

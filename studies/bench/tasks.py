@@ -5,8 +5,8 @@ update       of an estimate of the EA factor: the Brand update (10) of a running
              Algorithm 3 as in a textbook (QR, two projections, all r + n columns formed), IncrementalPCA,
              decompositions and a Cholesky inverse of a dense M, and (8) itself
 application  of the inverses of a layer with d inputs and d/8 outputs: Algorithm 8, Algorithm 1 l.15-18, dense
-layer step   forward, backward and `step()` of a `KFAC` on such a layer, whose factors stand still: Algorithm 8
-             with a FactoredLinear (G A^T is never formed) and by hooks, Algorithm 1, and K-FAC with d modes
+layer step   forward, backward and `step()` of a `KFAC` on such a layer, whose factors stand still: by Algorithm 8
+             (G A^T is never formed), by Algorithm 1, and K-FAC with d modes
 study step   one measured step of the error study (all seven algorithms, new columns, no heavy update due but
              that of T_inv=10) against naive evaluations with eigh: of everything (every process dense), and of
              the errors alone, the processes' own work not counted
@@ -28,7 +28,7 @@ from kfacerr.process import Process, Settings
 from kfacerr.rsvd import evd, rsvd
 from kfacerr.stream import Step, Window
 from kfacerr.study import ErrorStudy
-from kfacerr.torch import KFAC, factored
+from kfacerr.torch import KFAC
 from studies.bench.rounds import Prepare, Run
 from studies.bench.yardsticks import PHI, RHO, NaiveStudy, TextbookProcess, naive_errors, running
 
@@ -40,7 +40,7 @@ NP_BRAND, NP_FLOOR = "Brand, Gram form (NumPy)", "GEMM floor (NumPy)"
 IPCA, RSVD, SVD_LOWRANK, RANDOMIZED = "IncrementalPCA", "rsvd", "svd_lowrank", "randomized_svd"
 EVD, CHOLESKY = "eigh", "Cholesky inverse"
 LINEAR, ALGORITHM_1, DENSE = "Algorithm 8", "Algorithm 1 l.15-18", "dense inverses"
-DROP_IN, HOOKS, L_15, K_FAC = "Algorithm 8, drop-in", "Algorithm 8, hooks", "Algorithm 1", "K-FAC"
+COLUMNS, L_15, K_FAC = "Algorithm 8", "Algorithm 1", "K-FAC"
 OURS, NAIVE, NAIVE_ERRORS = "kfacerr", "dense, eigh", "dense, eigh, errors only"
 
 BASES = {NP_BRAND: NP_FLOOR}
@@ -172,13 +172,11 @@ class _LayerStep:
         self.x = draw(d).T.clone().requires_grad_()  # as inside a network
         (n, _), hidden, device = self.x.shape, _hidden(d, r, draw), self.x.device
         self.layer = nn.Linear(d, hidden, bias=False, device=device)
-        if way == DROP_IN:
-            factored(self.layer)
         self.weights = torch.randn(n, hidden, device=device) / hidden**0.5
         self.optimizer = KFAC(
             self.layer,
             policy={"": "K-FAC" if way == K_FAC else f"B-KFAC rank={r}"},
-            linear_application=way == HOOKS,
+            linear_application=way != L_15,
             lr=1e-3,
             T_updt=lambda epoch: 10**9 if epoch else 1,
             T_brand=1,
@@ -201,7 +199,7 @@ class _LayerStep:
 
 def layer_step(d: int, r: int, draw: Draw, *, dense: bool) -> Ways:
     """An optimizer's step of one layer."""
-    names = [DROP_IN, HOOKS, L_15, *([K_FAC] if dense and d <= UP_TO[K_FAC] else [])]
+    names = [COLUMNS, L_15, *([K_FAC] if dense and d <= UP_TO[K_FAC] else [])]
     return {way: _LayerStep(way, d, r, draw).parts for way in names}
 
 

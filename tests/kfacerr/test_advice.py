@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kfacerr.advice import Advice, Budget, Layer, _on_frontier, advise_recording, candidates, layer_costs
 from kfacerr.algorithms import Algorithm
 from kfacerr.exceptions import InputError
+from kfacerr.factor import KFactor
 from kfacerr.metrics import METRICS
 from kfacerr.process import Settings
 from kfacerr.recorder import RecordingWriter
@@ -48,6 +49,24 @@ def test_the_table_has_the_columns_of_the_contract(advice):
     assert list(advice.table.columns[:7]) == ["algorithm", "cost", *METRICS, "on_frontier"]
     assert len(advice.table) > 20 and not advice.table.isna().any().any()
     assert (advice.table.cost > 0).all() and advice.table.cost.is_monotonic_increasing
+
+
+def test_candidates_are_of_every_base_but_the_dominated_ones(advice):
+    bases = {name.split()[0] for name in advice.table.algorithm}
+    assert bases == {"K-FAC", "R-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C", "N-KFAC", "W-KFAC"}
+    names = {str(a) for a in candidates(Layer(64, 18, 8, 5), 4)}
+    assert {"N-KFAC s=4", "N-KFAC s=8", "N-KFAC s=12", "W-KFAC T_inv=10 rank=12"} <= names
+    assert {"N-KFAC s=8", "N-KFAC s=12"} & {str(a) for a in candidates(Layer(20, 18, 8, 5), 4)} == {"N-KFAC s=8"}
+
+
+def test_a_decomposition_that_waits_for_an_inverse_is_timed_too(monkeypatch):
+    """K-FAC inverts, and N-KFAC decomposes, when the inverse is asked for and not at the update."""
+    asked = []
+    inverse = KFactor.inverse
+    monkeypatch.setattr(KFactor, "inverse", lambda *a, **k: asked.append(a[0].side) or inverse(*a, **k))
+    names = [Algorithm.parse(name) for name in ("K-FAC T_inv=10", "N-KFAC s=4")]
+    layer_costs(Layer(24, 18, 3, 5), names, Settings(rank=4))
+    assert asked.count("A") == asked.count("G") == len(names) * 6
 
 
 def test_the_errors_are_those_of_a_replay(advice, recorded):

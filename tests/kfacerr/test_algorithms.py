@@ -96,6 +96,21 @@ def test_a_process_without_room_gives_way_to_an_rsvd():
     assert Algorithm.parse("K-FAC").for_factor(settings, 5, 4) == Algorithm("K-FAC")
 
 
+def test_a_sketch_whose_products_cost_more_than_the_dense_factor_gives_way():
+    """4 d s n flops against 2 d^2 n."""
+    settings = Settings(rank=8)
+    for name, s in (("N-KFAC", 16), ("N-KFAC rank=5", 10), ("N-KFAC s=20", 20)):
+        algorithm = Algorithm.parse(name)
+        assert algorithm.for_factor(settings, 2 * s + 1, 4) is algorithm
+        assert algorithm.for_factor(settings, 2 * s, 4) == FALLBACK
+        assert algorithm.no_room(settings, 2 * s, 4) == f"2 s >= d (2 x {s} >= {2 * s})"
+        dense = FALLBACK.process(settings, "A")
+        sketch = algorithm.process(settings, "A")
+        n = 10**6  # so many that all else is small
+        assert sketch.cost(2 * s + 1, n).update < dense.cost(2 * s + 1, n).update
+        assert sketch.cost(2 * s - 1, n).update > dense.cost(2 * s - 1, n).update
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

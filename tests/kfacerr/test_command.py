@@ -1,10 +1,12 @@
 """What every command line shares: one line for every failure, the exit statuses, signals, defaults in the help."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -112,6 +114,82 @@ def test_a_reader_who_has_enough_is_no_error():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 128 + signal.SIGPIPE
+
+
+# -------------------------------------------------------------------------------------------------- streams
+
+EXAMPLE = "import sys; from kfacerr.command import Parser, run, say; "
+EXAMPLE += "parser = Parser(prog='example', description='§ 4.2'); "
+FULL = b"example: the output: cannot be read or written: No space left on device\n"
+PRINTS = EXAMPLE + "sys.exit(run('example', parser, lambda _: print('§ — ρ'), sys.argv[1:]))"
+FAILS = EXAMPLE + "sys.exit(run('example', parser, lambda _: open('none/§.csv'), sys.argv[1:]))"
+SAYS = EXAMPLE + "sys.exit(run('example', parser, lambda _: say('half § done'), sys.argv[1:]))"
+FILES = (
+    "import os; "
+    + EXAMPLE
+    + ("sys.exit(run('example', parser, lambda _: open('out', 'w').write(str(os.open('.', 0) > 2)) and None, []))")
+)
+
+
+def shell(code: str, line: str = "", folder=None, **environment: str) -> tuple[int, bytes, bytes]:
+    """Status, stdout and stderr of `python -c code` in a shell's line."""
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {line}', sys.executable, code],
+        capture_output=True,
+        check=False,
+        timeout=120,
+        cwd=folder,
+        env={**os.environ, **environment},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "line", "expected"),
+    [
+        (PRINTS, ">&-", (0, b"", b"")),
+        (PRINTS, "2>&-", (0, "§ — ρ\n".encode(), b"")),
+        (PRINTS, "<&- >&- 2>&-", (0, b"", b"")),
+        (
+            PRINTS,
+            ">/dev/full",
+            (2, b"", FULL),
+        ),
+        (
+            PRINTS,
+            "--help >/dev/full",
+            (2, b"", FULL),
+        ),
+        (PRINTS, "--no-such >&- 2>&-", (2, b"", b"")),
+        (FAILS, "2>/dev/full", (2, b"", b"")),
+        (FAILS, ">&- 2>&-", (2, b"", b"")),
+        (SAYS, "2>/dev/full", (0, b"", b"")),
+    ],
+)
+def test_streams_that_are_closed_or_full_end_cleanly(code, line, expected):
+    assert shell(code, line, PYTHONUTF8="1") == expected
+
+
+def test_where_streams_are_closed_no_file_gets_their_numbers(tmp_path):
+    root = str(Path(__file__).parents[2])
+    assert shell(FILES, "<&- >&- 2>&-", tmp_path, PYTHONPATH=root)[0] == 0
+    assert (tmp_path / "out").read_text() == "True"
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_what_an_encoding_lacks_is_escaped(environment):
+    status, out, err = shell(PRINTS, **environment)
+    assert (status, err) == (0, b"") and out in (rb"\xa7 \u2014 \u03c1" + b"\n", "§ — ρ\n".encode())
+    status, out, err = shell(FAILS, **environment)
+    assert (status, out) == (2, b"") and err.startswith(b"example: none/") and err.count(b"\n") == 1
+    assert shell(PRINTS, "--help", **environment)[0] == 0
+
+
+def test_an_error_of_the_system_is_one_line(capsys):
+    assert status_of(raising(OSError(28, "No space left on device", "a.csv"))) == 2
+    assert capsys.readouterr().err == "example: a.csv: cannot be read or written: No space left on device\n"
+    assert status_of(raising(MemoryError("Unable to allocate 2 TiB"))) == 2
+    assert capsys.readouterr().err == "example: the memory does not suffice: Unable to allocate 2 TiB\n"
 
 
 # -------------------------------------------------------------------------------------------------- signals

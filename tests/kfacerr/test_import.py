@@ -69,7 +69,9 @@ def imported(name: str, modules: dict[str, Path]) -> Iterator[str]:
 
 
 def test_modules_import_from_their_own_line_of_contributing_and_those_above_it_and_in_no_circle():
-    lines = re.findall(r"^\d\. (.*?)(?::|$)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    lines = re.findall(
+        r"^\d+\. (.*?)(?::|$)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     place = {name: i for i, line in enumerate(lines) for name in re.findall(r"`([\w.]+)`", line)}
 
     def line_of(module: str) -> int:

@@ -1,9 +1,13 @@
 """A recording gives back the stream that was written, and whatever is wrong with a file is said in one line."""
 
+import errno
 import json
 import logging
+import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -503,6 +507,58 @@ def test_failed_write_is_reported_and_undone(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------- nothing lost, nothing followed
+
+
+@pytest.mark.parametrize("has_fallocate", [True, False])
+def test_a_step_that_the_disk_has_no_room_for_is_refused_and_nothing_is_lost(tmp_path, monkeypatch, has_fallocate):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path, steps = tmp_path / "r.h5", _steps()
+    if not has_fallocate:
+        monkeypatch.delattr("os.posix_fallocate", raising=False)
+    writer = RecordingWriter(path)
+    writer.add_layer(NAME, **LAYER)
+    for step in steps[:3]:
+        writer.append(NAME, step)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.posix_fallocate", full) if has_fallocate else None
+        patch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**5))
+        with pytest.raises(InputError, match=r"iteration 5 cannot be written: .*No space left on device"):
+            writer.append(NAME, steps[3])
+        writer.suspend()
+    _assert_same(_read(f"{path}.partial"), steps[:3])
+    with RecordingWriter(path, resume=True) as writer:
+        for step in steps[3:]:
+            writer.append(NAME, step)
+    _assert_same(_read(path), steps)
+
+
+@pytest.mark.parametrize("limit", [0, 500, 20_000, 250_000])
+def test_a_file_that_may_not_grow_is_one_line(tmp_path, limit):
+    """As under a quota, in a process of its own."""
+    program = f"""
+import resource, sys, numpy as np
+from kfacerr import InputError, RecordingWriter, Step
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+try:
+    with RecordingWriter("r.h5") as writer:
+        writer.add_layer("fc", d_A=99, d_G=9, n=4, bias=True, batch_size=4, update_every=1)
+        for k in range(200):
+            writer.append("fc", Step(k, np.ones((99, 4), "f4"), np.ones((9, 4), "f4")))
+except InputError as error:
+    assert "r.h5.partial: " in str(error) and "cannot be" in str(error) and chr(10) not in str(error), error
+    print(k if {limit} > 10**5 else "none")
+"""
+    command, root = [sys.executable, "-c", program], str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    if limit > 10**5:
+        with Recording(tmp_path / "r.h5.partial") as recording:
+            assert len(list(recording.layer("fc").steps())) == int(done.stdout) > 10
 
 
 def test_a_second_writer_is_refused_and_the_first_loses_nothing(tmp_path):

@@ -84,7 +84,7 @@ def test_the_summary_names_layers_algorithms_and_what_is_saved_nowhere(report):
     assert all(name in text for name in (*SEVEN, *METRICS))
     assert "certified A" in text and "measuring" in text
     small = Report([measured(d_G=6)])
-    assert "B-KFAC: r + n >= d for G" in small.summary()
+    assert "B-KFAC: r + n >= d (4 + 3 >= 6) for G, where it saves nothing" in small.summary()
     assert "r + n >= d" not in text
 
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kfacerr import streaming
 from kfacerr.algorithms import Algorithm
 from kfacerr.certificate import Certificate
 from kfacerr.ea import EAFactor
@@ -19,11 +20,11 @@ from tests.strategies import psd, rhos, spectrum, stream, streams
 EPS = np.finfo(float).eps
 
 
-def follow(process, columns, rho, xp):
-    """(M_k dense, process) after every update, by `KFactor`."""
+def follow(process, columns, rho, xp, every=1):
+    """(M_k dense, process) after every update, by `KFactor`; so many iterations lie between two."""
     factor, M = KFactor("A", {"it": process}, rho), None
     for k, X in enumerate(columns):
-        factor.push(k, xp.array(X))
+        factor.push(every * k, xp.array(X))
         G = X.astype(float) @ X.astype(float).T * (factor.unit or 1.0) ** 2
         M = G if M is None else rho * M + (1 - rho) * G
         yield M, process
@@ -99,6 +100,70 @@ def test_a_rebasing_loses_nothing_at_once_and_helps_later(fast_xp):
         runs = follow(StreamingNystrom(rank=6, rho=0.9, T_base=T, seed=1), columns, 0.9, fast_xp)
         errors[T] = [np.linalg.norm(M - dense(p, fast_xp), "nuc") / np.trace(M) for M, p in runs]
     assert np.mean(errors[10][40:]) < 0.9 * np.mean(errors[0][40:])
+
+
+def omegas(process, columns, xp, **options) -> list[bool]:
+    """At which updates Omega changed, the first left out."""
+    held, changed = None, []
+    for _, p in follow(process, columns, 0.9, xp, **options):
+        omega = xp.numpy(p._sketch.omega)
+        changed.append(held is not None and not np.array_equal(omega, held))
+        held = omega
+    return changed
+
+
+@pytest.mark.parametrize("every", [1, 10, 25])
+def test_by_default_it_rebases_once_in_five_updates_however_far_apart_they_are(fast_xp, every):
+    """What was lost fades by update, as rho^j, and so does what a period of iterations means."""
+    columns = stream(np.random.default_rng(6), d=30, n=4, steps=17, decay="slow decay")
+    changed = omegas(StreamingNystrom(rank=3, rho=0.9), columns, fast_xp, every=every)
+    assert [k for k, yes in enumerate(changed) if yes] == [5, 10, 15]
+    changed = omegas(StreamingNystrom(rank=3, rho=0.9, T_base=3 * every), columns, fast_xp, every=every)
+    assert [k for k, yes in enumerate(changed) if yes] == [3, 6, 9, 12, 15]
+    assert not any(omegas(StreamingNystrom(rank=3, rho=0.9, T_base=0), columns, fast_xp, every=every))
+
+
+def test_a_restart_rebases_at_the_next_update(fast_xp):
+    process = StreamingNystrom(rank=3, rho=0.9)
+    columns = stream(np.random.default_rng(6), d=30, n=4, steps=12, decay="slow decay")
+    changed = []
+    for k, X in enumerate(columns):
+        if k == 7:
+            process.restart(k)
+        before = process._sketch
+        changed.append(process.due(k))
+        process.update(k, fast_xp.array(X), None)
+        assert changed[-1] == (before is None or before.omega is not process._sketch.omega)
+    assert [k for k, yes in enumerate(changed) if yes] == [0, 5, 7]
+
+
+def test_fresh_columns_see_what_is_orthogonal_to_all_modes(fast_xp, monkeypatch):
+    """Columns move to a space where none had been: modes alone would be blind for ever."""
+    rng, half = np.random.default_rng(9), 20
+    low, high = np.zeros((2 * half, 10)), np.zeros((2 * half, 4))
+    low[:half], high[half:] = rng.standard_normal((half, 10)), rng.standard_normal((half, 4))
+    columns = [low * rng.standard_normal(10) for _ in range(30)]
+    columns += [high * rng.standard_normal(4) for _ in range(60)]
+    lost = []
+    for share in (streaming.FRESH, 0):
+        monkeypatch.setattr(streaming, "FRESH", share)
+        for M, process in follow(StreamingNystrom(rank=4, rho=0.9, s=8), columns, 0.9, fast_xp):
+            error = np.linalg.norm(M - dense(process, fast_xp), "nuc") / np.trace(M)
+        lost.append(error)
+    assert lost[0] <= 0.02 and lost[1] >= 0.98
+
+
+@given(columns=streams(kinds=("plain", "zero"), n=st.integers(1, 4)), rho=rhos, cut=st.integers(0, 4))
+def test_shares_of_columns_add_up(xp, columns, rho, cut):
+    """An update with the sum of two parts' shares is that with all columns: (8) is a sum over columns."""
+    whole, parted = (StreamingNystrom(rank=2, rho=rho, seed=1, T_base=0) for _ in range(2))
+    for k, X in enumerate(columns):
+        whole.update(k, xp.array(X), None)
+        shares = [parted.share(k, xp.array(part)) for part in (X[:, :cut], X[:, cut:])]
+        parted.take(k, {name: shares[0][name] + shares[1][name] for name in shares[0]})
+        for one, other in zip(whole._sketch, parted._sketch, strict=True):
+            one, other = xp.numpy(one), xp.numpy(other)
+            assert np.linalg.norm(one - other) <= 1e-13 * np.linalg.norm(one)
 
 
 def test_a_rank_that_grows_keeps_what_is_known(fast_xp):

@@ -212,9 +212,9 @@ def test_details_are_a_row_a_claim(recording, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rank", "0"], "rank must be at least 1"),
-        (["--stretches", "0"], "stretches must be at least 1"),
-        (["--length", "0"], "length must be at least 1"),
+        (["--rank", "0"], "rank must be a whole number of at least 1"),
+        (["--stretches", "0"], "stretches must be a whole number of at least 1"),
+        (["--length", "0"], "length must be a whole number of at least 1"),
         (["--rho", "1"], "rho"),
         (["--phi", "nan"], "phi"),
         (["--seed", "-1"], "seed"),

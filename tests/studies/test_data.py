@@ -1,6 +1,7 @@
 """CIFAR-10 is read right from both layouts, only if it is what it claims to be, and nothing in it is executed."""
 
 import functools
+import gc
 import hashlib
 import http.server
 import io
@@ -9,6 +10,7 @@ import pickle
 import struct
 import tarfile
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +78,7 @@ def write_layout(root: Path, layout: str, files: dict[str, bytes]) -> Path:
 def release(batches: dict[str, Arrays]) -> Release:
     files = binary_files(batches) | pickle_files(batches)
     md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    return Release(url="http://127.0.0.1:9/nothing", archive_md5="0" * 32, file_md5=md5, records=RECORDS)
+    return Release(url="http://127.0.0.1:9/nothing", archive_sha256="0" * 64, file_md5=md5, records=RECORDS)
 
 
 @pytest.fixture(autouse=True)
@@ -281,14 +283,14 @@ def served(tmp_path: Path, batches: dict[str, Arrays], release: Release) -> Iter
     folder.mkdir()
     with tarfile.open(folder / "cifar-10-binary.tar.gz", "w:gz") as archive:
         archive.add(source, source.name)
-    md5 = hashlib.md5((folder / "cifar-10-binary.tar.gz").read_bytes()).hexdigest()
+    sha256 = hashlib.sha256((folder / "cifar-10-binary.tar.gz").read_bytes()).hexdigest()
     handler = functools.partial(QuietHandler, directory=folder)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
             url = f"http://127.0.0.1:{server.server_port}/cifar-10-binary.tar.gz"
-            yield replace(release, url=url, archive_md5=md5)
+            yield replace(release, url=url, archive_sha256=sha256)
         finally:
             server.shutdown()
             thread.join()
@@ -309,10 +311,65 @@ def test_an_interrupted_unpacking_is_done_again(served: Release, batches: dict[s
 
 
 def test_a_download_with_a_wrong_checksum_is_refused_and_not_kept(served: Release, cache: Path) -> None:
-    wrong = replace(served, archive_md5="0" * 32)
+    wrong = replace(served, archive_sha256="0" * 64)
     assert_refused("cifar-10-binary.tar.gz", release=wrong)
     assert_refused("does not match the known hash", release=wrong)
     assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("sent", [0, 1, 1000])
+def test_a_broken_transfer_is_refused_and_not_kept(
+    sent: int, served: Release, cache: Path, batches: dict[str, Arrays], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server promises the whole archive and closes the connection after a few bytes of it."""
+
+    def broken(self: Any, source: Any, outputfile: Any) -> None:
+        outputfile.write(source.read(sent))
+        outputfile.flush()
+        self.close_connection = True
+
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(QuietHandler, "copyfile", broken)
+        assert_refused("could not be downloaded", release=served)
+        warnings.simplefilter("ignore", ResourceWarning)  # requests leaves the broken connection to the collector
+        gc.collect()
+    assert not list(cache.iterdir())
+    assert_holds(load_cifar10(release=served), batches)
+
+
+def test_an_error_of_the_server_is_named(served: Release) -> None:
+    assert_refused("404", release=replace(served, url=served.url + "x"))
+
+
+# What is no batch.
+
+
+def test_a_batch_that_is_no_file_of_its_size_is_refused_before_it_is_read(binary: Path, release: Release) -> None:
+    batch = binary / "data_batch_3.bin"
+    batch.unlink()
+    os.mkfifo(batch)
+    assert_refused("data_batch_3.bin: 0 bytes, or no file", binary, release=release)
+    batch.unlink()
+    with batch.open("wb") as file:
+        file.truncate(2**40)  # sparse
+    assert_refused("data_batch_3.bin: 1,099,511,627,776 bytes", binary, release=release, accept_modified=True)
+    batch.unlink()
+    batch.symlink_to(batch)
+    assert_refused("data_batch_3.bin: cannot be read", binary, release=release)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x04N" + pickle.LONG_BINPUT + struct.pack("<I", 2**32 - 1) + b".",
+        b"N" + pickle.PUT + b"99999999999\n.",
+        b"\x80\x05" + pickle.BYTEARRAY8 + struct.pack("<Q", 2**40) + b".",
+        b"\x80\x04" + pickle.BINBYTES8 + struct.pack("<Q", 2**40) + b".",
+    ],
+)
+def test_a_pickle_that_asks_for_gigabytes_is_refused(content: bytes, python: Path, release: Release) -> None:
+    (python / "data_batch_2").write_bytes(content)
+    assert_refused("data_batch_2: not a readable batch", python, release=release, accept_modified=True)
 
 
 def test_without_a_network_the_error_names_the_url_and_the_way_out(release: Release) -> None:

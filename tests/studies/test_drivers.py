@@ -75,6 +75,23 @@ def test_settings_in_a_name_stand() -> None:
     assert settings.T_inv == 250
 
 
+@pytest.mark.parametrize(
+    "driver", ["N-KFAC s=5 T_base=50", "N-KFAC rank=3 continuation=trace", "N-KFAC", "W-KFAC"]
+)
+def test_beyond_the_paper_settings_in_a_name_are_the_measured_layers(driver: str) -> None:
+    """N-KFAC's rank in a name truncates, and is no schedule's; it needs a policy."""
+    net = nn.Sequential()
+    net.add_module("fc0", nn.Linear(40, 30))
+    net.add_module("fc1", nn.Linear(30, 10))
+    optimizer = find_driver(driver).make_optimizer(net, paper_config(driver), PAPER_STEPS)
+    assert isinstance(optimizer, KFAC)
+    named = optimizer.layers["fc0"].policy
+    assert (named, optimizer.layers["fc1"].policy) == (driver, driver.split()[0])
+    settings = optimizer.schedules.at(0).settings
+    assert settings.rank == 220
+    assert settings.continuation == ("trace" if "trace" in driver else "min")
+
+
 def test_seng_is_the_supplements() -> None:
     optimizer = paper_optimizer("SENG")
     assert isinstance(optimizer, SENG)
@@ -97,6 +114,9 @@ def test_seng_is_the_supplements() -> None:
         ("B-KFAC-C", 0, Updates(25, (250, 125, 500))),
         ("B-R-KFAC", 0, Updates(25, (250, 25, 250))),
         ("B-KFAC", 10, Updates(10, (50, 10))),
+        ("N-KFAC", 0, Updates(25, (250, 125))),
+        ("N-KFAC T_base=50", 10, Updates(10, (50, 50))),
+        ("W-KFAC", 0, Updates(25, (250,))),
     ],
 )
 def test_a_driver_says_when_it_does_what(driver: str, T_updt: int, updates: Updates) -> None:

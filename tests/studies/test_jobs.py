@@ -41,6 +41,24 @@ def test_a_missing_truncated_or_foreign_checkpoint_is_refused_and_named(tmp_path
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("state", [None, 3, [], {}, {"finished": True}, {"finished": False, "position": "x"}])
+def test_a_checkpoint_of_another_shape_is_refused_and_named(tmp_path: Path, state: Any) -> None:
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, state)
+
+    def make() -> Counting:
+        run = Counting(5)
+        run.load_state_dict = lambda saved: setattr(run, "position", saved["position"] + 0)  # type: ignore[method-assign]
+        return run
+
+    stop = Stop(tmp_path / "stopped", None, None)
+    try:
+        said = run_job("x", path, make, stop, ("position",)).error
+    except InputError as error:
+        said = str(error)
+    assert "run.pt: not a checkpoint of such a job" in said and said.endswith("remove it to begin this job anew")
+
+
 def test_a_checkpoint_that_would_run_something_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     class Malicious:
         def __reduce__(self) -> tuple[Any, ...]:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfacerr.torch import KFAC, SENG, factored
+from kfacerr.torch import KFAC, SENG
 
-ALGORITHMS = ["K-FAC", "R-KFAC", "SRE-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C"]
+ALGORITHMS = ["K-FAC", "R-KFAC", "SRE-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C", "N-KFAC", "W-KFAC"]
 BUSY = {"lr": 0.1, "rank": 5, "T_updt": 2, "T_inv": 4, "T_brand": 4, "T_rsvd": 4, "T_corct": 4, "momentum": 0.5}
 """Every part of every algorithm at work within ten steps, sketches included."""
 
@@ -37,6 +37,17 @@ def images(k: int, b: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tens
     g = torch.Generator().manual_seed(k)
     x = torch.randn(b, 1, 6, 6, generator=g, dtype=torch.float64)
     return x.to(dtype), torch.randint(5, (b,), generator=g)
+
+
+def wide_convnet(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Its convolution has fewer columns, 8 of `wide_images`, than dimensions, 50 and 20."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 20, 5, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(80, 5)).to(dtype)
+
+
+def wide_images(k: int) -> tuple[Tensor, Tensor]:
+    x, y = images(k, b=2)
+    return torch.cat([x, x.square()], dim=1), y
 
 
 def vectors(k: int, b: int = 4, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -69,9 +80,9 @@ def _seng(net: nn.Module, **options: Any) -> SENG:
 
 
 CASES = {
-    "KFAC": Case(convnet, images, _kfac("B-R-KFAC")),
-    "Algorithm 8": Case(convnet, images, _kfac("B-KFAC-C", linear_application=True)),
-    "factored": Case(lambda *args: factored(mlp(*args)), vectors, _kfac("B-KFAC", T_updt=3, T_inv=3)),
+    "KFAC": Case(convnet, images, _kfac("B-R-KFAC", linear_application=False)),
+    "Algorithm 8": Case(convnet, images, _kfac("B-KFAC-C")),
+    "factored": Case(mlp, vectors, _kfac("B-KFAC", T_updt=3, T_inv=3)),
     "SENG": Case(convnet, images, _seng),
 }
 

@@ -139,6 +139,17 @@ def shared_work() -> dict[str, Any]:
     return {"done": done}
 
 
+def gathered() -> dict[str, Any]:
+    """How many factors' columns were gathered, and a run of N-KFAC that changes its rank and continues."""
+    gather, seen = Team.gather, []
+    Team.gather = lambda self, X, widths: seen.append(tuple(X.shape)) or gather(self, X, widths)  # type: ignore
+    try:
+        out = run("mlp", "N-KFAC", T_updt=1, rank=lambda epoch: 4 if epoch < 1 else 5, steps_per_epoch=3)
+    finally:
+        Team.gather = gather  # type: ignore[method-assign]
+    return {**out, "gathered": seen}
+
+
 def resumed(file: io.BytesIO) -> dict[str, Any]:
     """Goes on from another number of processes' checkpoint."""
     file.seek(0)
@@ -233,17 +244,19 @@ SCENARIOS = {
     **{algorithm: lambda algorithm=algorithm: run("convnet", algorithm) for algorithm in ALGORITHMS},
     "accumulate": lambda: run("mlp", "B-KFAC", accumulate=True, T_updt=1, T_brand=3),
     "micro-batches": lambda: run("convnet", micro=2),
-    "Algorithm 8": lambda: run("convnet", "B-KFAC", linear_application=["0", "3"]),
+    "Algorithm 8": lambda: run("convnet", "B-KFAC"),
     "sampled": lambda: run("convnet", fisher="sampled"),
     "drop-in": lambda: run("drop-in", "B-KFAC"),
-    "kl": lambda: run("mlp", "B-KFAC", clip_by="kl", linear_application=True),
+    "kl": lambda: run("mlp", "B-KFAC", clip_by="kl"),
     "not finite": not_finite,
     "failing": failing,
+    "a sketch that grows": gathered,
 }
 ONLY_TOGETHER = {
     "uneven": lambda: run("mlp", "B-KFAC", uneven=True),
-    "uneven, Algorithm 8": lambda: run("mlp", "B-KFAC", uneven=True, linear_application=True),
+    "uneven, Algorithm 8": lambda: run("mlp", "B-KFAC", uneven=True),
     "uneven, K-FAC": lambda: run("mlp", "K-FAC", uneven=True),
+    "uneven, N-KFAC": lambda: run("mlp", "N-KFAC", uneven=True),
     "uneven, one step": uneven_factors,
     "shared work": shared_work,
     "without DDP": without_ddp,
@@ -300,15 +313,27 @@ def test_two_processes_take_the_steps_of_one_with_both_their_batches(name, toget
         alone = SCENARIOS[name]()
     assert relative(together[0][name]["parameters"], alone["parameters"]) <= 1e-9
     assert together[0][name]["k"] == alone["k"]
-    start = parameters(MAKES["mlp" if name in ("drop-in", "kl", "accumulate") else "convnet"][0]())
+    of_mlp = name in ("drop-in", "kl", "accumulate", "a sketch that grows")
+    start = parameters(MAKES["mlp" if of_mlp else "convnet"][0]())
     assert relative(alone["parameters"], start) > 0.01
 
 
-@pytest.mark.parametrize("name", [*SCENARIOS, "uneven", "uneven, K-FAC", "resumed"])
+@pytest.mark.parametrize("name", [*SCENARIOS, "uneven", "uneven, K-FAC", "uneven, N-KFAC", "resumed"])
 def test_all_processes_hold_the_same_state_bit_for_bit(name, together):
     first, second = (results[name] for results in together)
     assert torch.equal(first["parameters"], second["parameters"])
     assert same(first["state"], second["state"])
+
+
+def test_of_a_sketch_the_processes_send_sums_and_no_columns(together):
+    """X X^T Omega adds up over columns: (d, s) numbers, however many columns there are."""
+    for results in together:
+        assert results["a sketch that grows"]["gathered"] == []
+        state = results["a sketch that grows"]["state"]
+        (Y,) = (
+            part for path, part in state.items() if path.endswith("layers/0/factors/A/processes/N-KFAC/sketch/Y")
+        )
+        assert Y.shape == (41, 10)
 
 
 def test_a_skipped_step_is_skipped_by_all(together):

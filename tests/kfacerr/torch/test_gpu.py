@@ -164,7 +164,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
         for name in ("K-FAC", "R-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C")
     },
     "trace, momentum": lambda net: KFAC(net, "B-KFAC", lr=0.05, continuation="trace", momentum=0.9, **FAMILY),
-    "Algorithm 8": lambda net: KFAC(net, "B-KFAC", lr=0.05, linear_application=True, **FAMILY),
+    "Algorithm 8": lambda net: KFAC(net, "B-KFAC", lr=0.05, **FAMILY),
     "KL clip": lambda net: KFAC(net, "B-R-KFAC", lr=0.05, clip=1e-3, clip_by="kl", **FAMILY),
     "SENG": lambda net: SENG(net, lr=0.02, update_every=4),
 }

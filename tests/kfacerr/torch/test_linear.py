@@ -17,7 +17,17 @@ from kfacerr.exceptions import InputError
 from kfacerr.torch import KFAC, FactoredLinear, factored
 from kfacerr.torch._direction import Product
 from kfacerr.torch.linear import FactoredParameter, formed, has_gradient, held
-from tests.kfacerr.torch.cases import New, convnet, images, loss_of, mlp, parameters, relative, train, vectors
+from tests.kfacerr.torch.cases import (
+    New,
+    loss_of,
+    mlp,
+    parameters,
+    relative,
+    train,
+    vectors,
+    wide_convnet,
+    wide_images,
+)
 
 BUSY = {"rank": 4, "lr": 0.1, "T_updt": 3, "T_inv": 3, "T_brand": 3, "T_corct": 6, "T_rsvd": 6, "momentum": 0.5}
 
@@ -296,8 +306,12 @@ def test_factored_swaps_the_named_layers_in_place_and_no_others():
 @pytest.mark.parametrize("clip_by", ["layer", "kl"])
 def test_kfac_takes_the_steps_of_algorithm_1_and_forms_no_gradient(algorithm, clip_by, never_formed, caplog):
     results = []
-    for net in (mlp(), drop_in()):
-        optimizer = KFAC(net, algorithm, **BUSY, clip_by=clip_by, continuation="trace")
+    for by_columns in (False, True):
+        net = mlp()
+        optimizer = KFAC(
+            net, algorithm, **BUSY, clip_by=clip_by, continuation="trace", linear_application=by_columns
+        )
+        assert isinstance(net[0], FactoredLinear) == by_columns
         train(net, optimizer, [vectors(k) for k in range(8)])
         results.append(parameters(net))
     assert relative(results[1], results[0]) <= 1e-11
@@ -305,22 +319,31 @@ def test_kfac_takes_the_steps_of_algorithm_1_and_forms_no_gradient(algorithm, cl
     assert optimizer.layers["0"].linear is True
 
 
-def test_the_step_uses_the_gradient_up():
-    net = drop_in()
-    optimizer = KFAC(net, "B-KFAC", **BUSY)
-    loss_of(net, vectors(0)).backward()
-    assert is_deferred(net[0].weight) and is_deferred(net[0].bias)
-    optimizer.step()
-    assert net[0].weight.grad is None and net[0].bias.grad is None
+@pytest.mark.parametrize("cleared", [True, False])
+def test_after_a_step_the_gradient_is_there_until_it_is_cleared_and_else_sums_up(cleared):
+    results = []
+    for by_columns in (False, True):
+        net = mlp()
+        optimizer = KFAC(net, "B-KFAC", **BUSY, linear_application=by_columns)
+        for k in range(3):
+            if cleared:
+                optimizer.zero_grad()
+            loss_of(net, vectors(k)).backward()
+            assert is_deferred(net[0].weight) == (by_columns and (cleared or k < 2))
+            optimizer.step()
+            if k == 2:
+                gradient = net[0].weight.grad.flatten()
+        results.append(torch.cat([parameters(net), gradient]))
+    assert relative(results[1], results[0]) <= 1e-11
 
 
 @pytest.mark.parametrize("change", ["clip", "penalty", "tiny penalty", "read", "bias", "hook on the output"])
 def test_whatever_reads_or_changes_the_gradient_gets_what_a_linear_layer_gives(change, caplog):
     caplog.set_level(logging.INFO)
     results = []
-    for make in (mlp, drop_in):
-        net = make()
-        optimizer = KFAC(net, "B-KFAC", **BUSY)
+    for by_columns in (False, True):
+        net = mlp()
+        optimizer = KFAC(net, "B-KFAC", **BUSY, linear_application=by_columns)
         for k in range(4):
             optimizer.zero_grad()
             x, y = vectors(k)
@@ -344,11 +367,8 @@ def test_whatever_reads_or_changes_the_gradient_gets_what_a_linear_layer_gives(c
             optimizer.step()
         results.append(parameters(net))
     assert relative(results[1], results[0]) <= 1e-11
-    by_1 = caplog.text.count("layer '0', step 0: .grad is not G A^T of the columns")
-    assert by_1 == (0 if change == "read" else 1)
-    assert caplog.text.count("'0', step 0: the FactoredLinear's gradient was formed before the step") == (
-        0 if change == "hook on the output" else 1
-    )
+    by_1 = caplog.text.count("layer '0', step 0: .grad is no multiple of G A^T of the columns")
+    assert by_1 == (change not in ("read", "clip", "hook on the output"))
 
 
 def test_a_gradient_that_the_optimizer_forms_is_unscaled():
@@ -408,27 +428,29 @@ def test_zero_grad_forms_nothing(policy, never_formed):
 def test_a_checkpoint_of_linear_layers_resumes_with_the_drop_in_and_back():
     batches = [vectors(k) for k in range(8)]
     straight = mlp()
-    train(straight, KFAC(straight, "B-KFAC", **BUSY), batches)
-    for first, second in ((mlp, drop_in), (drop_in, mlp), (drop_in, drop_in)):
-        net, resumed = first(), second()
-        optimizer, again = KFAC(net, "B-KFAC", **BUSY), KFAC(resumed, "B-KFAC", **BUSY)
+    train(straight, KFAC(straight, "B-KFAC", **BUSY, linear_application=False), batches)
+    for first, second in ((False, True), (True, False), (True, True)):
+        net, resumed = mlp(), mlp()
+        optimizer, again = (
+            KFAC(model, "B-KFAC", **BUSY, linear_application=by_columns)
+            for model, by_columns in ((net, first), (resumed, second))
+        )
         train(net, optimizer, batches[:4])
         resumed.load_state_dict(net.state_dict())
         again.load_state_dict(optimizer.state_dict())
         train(resumed, again, batches[4:])
         assert relative(parameters(resumed), parameters(straight)) <= 1e-11
-        assert again.layers["0"].linear is (second is drop_in)
+        assert again.layers["0"].linear is second
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.5}], ids=["no momentum", "momentum"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_a_step_that_is_not_formed_is_the_step(dtype, options):
     """Clip, weight decay and momentum of a product, against those of a matrix."""
-    nets = [mlp(dtype), factored(mlp(dtype))]
-    for net in nets:
-        optimizer = KFAC(
-            net, "B-KFAC", rank=4, lr=0.1, clip=0.05, weight_decay=0.1, T_updt=1, T_brand=1, **options
-        )
+    nets = [mlp(dtype), mlp(dtype)]
+    given = {"rank": 4, "lr": 0.1, "clip": 0.05, "weight_decay": 0.1, "T_updt": 1, "T_brand": 1, **options}
+    for net, by_columns in zip(nets, (False, True), strict=True):
+        optimizer = KFAC(net, "B-KFAC", **given, linear_application=by_columns)
         train(net, optimizer, [vectors(k, dtype=dtype) for k in range(4)])
     start = parameters(mlp(dtype))
     steps = [parameters(net) - start for net in nets]
@@ -447,10 +469,10 @@ def test_a_product_is_measured_without_being_formed():
 
 
 def test_channels_last_weights_take_algorithm_8_too():
-    nets = [convnet(), convnet().to(memory_format=torch.channels_last)]
+    nets = [wide_convnet(), wide_convnet().to(memory_format=torch.channels_last)]
     for net in nets:
-        optimizer = KFAC(net, "B-KFAC", rank=4, lr=0.1, momentum=0.5, linear_application=["0"])
-        train(net, optimizer, [images(k) for k in range(3)])
+        optimizer = KFAC(net, "B-KFAC", rank=4, lr=0.1, momentum=0.5)
+        train(net, optimizer, [wide_images(k) for k in range(3)])
         assert optimizer.layers["0"].linear
     assert relative(parameters(nets[1]), parameters(nets[0])) <= 1e-12
 
@@ -458,12 +480,12 @@ def test_channels_last_weights_take_algorithm_8_too():
 # ---- memory -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [FactoredLinear, nn.Linear], ids=["drop-in", "Linear"])
-def test_a_training_step_of_a_wide_layer_allocates_nothing_of_its_weights_size(make):
-    """With d_A = 16384 a dense factor would be 64 times the weight. An nn.Linear has its gradient and its step."""
+@pytest.mark.parametrize("by_columns", [True, False], ids=["Algorithm 8", "Algorithm 1"])
+def test_a_training_step_of_a_wide_layer_allocates_nothing_of_its_weights_size(by_columns):
+    """With d_A = 16384 a dense factor would be 64 times the weight. Algorithm 1 has the gradient and the step."""
     torch.manual_seed(0)
-    net = nn.Sequential(make(16384, 256, bias=False), nn.Tanh(), nn.Linear(256, 10))
-    optimizer = KFAC(net, "B-KFAC", rank=8, T_updt=1, T_brand=1)
+    net = nn.Sequential(nn.Linear(16384, 256, bias=False), nn.Tanh(), nn.Linear(256, 10))
+    optimizer = KFAC(net, "B-KFAC", rank=8, T_updt=1, T_brand=1, linear_application=by_columns)
     counts, largest = [], 0
     for k in range(3):
         g = torch.Generator().manual_seed(k)
@@ -472,7 +494,7 @@ def test_a_training_step_of_a_wide_layer_allocates_nothing_of_its_weights_size(m
             train(net, optimizer, [batch])
         counts.append(new.count)
         largest = max(largest, new.largest)
-    if make is FactoredLinear:
+    if by_columns:
         assert counts == [0, 0, 0]
         assert largest <= 16384 * (8 + 2 * 16)  # the columns of a Brand update
     else:

@@ -39,7 +39,7 @@ def test_every_way_is_measured_at_every_size_in_every_round(out):
     assert counted["nunique"].to_dict() == {
         **{("update", d): 12 for d in SIZES},
         **{("application", d): 3 for d in SIZES},
-        **{("layer step", d): 4 for d in SIZES},
+        **{("layer step", d): 3 for d in SIZES},
         ("study step", 64): 3,
     }
     for (task, d), row in counted.iterrows():
