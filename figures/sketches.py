@@ -129,8 +129,8 @@ def _panel(ax: Any, shown: pd.DataFrame, x: str, metric: str) -> None:
                 label=base if filled else None,
             )
     ax.set_xlabel("Mflop an update" if x == "flops" else "MiB (float32)", fontsize=7)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+    for axis, subs in ((ax.xaxis, (1, 3)), (ax.yaxis, (1, 2, 5))):
+        axis.set_major_locator(LogLocator(subs=subs, numticks=9))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(NullFormatter())
     ax.tick_params(labelsize=6.5)

@@ -122,8 +122,19 @@ _TEXT = (
 )
 
 
-def read_table(path: Path, columns: tuple[str, ...], *, rows: bool = True) -> pd.DataFrame:
+def read_table(
+    path: Path, columns: tuple[str, ...], *, rows: bool = True, bound: float | None = None
+) -> pd.DataFrame:
     """A study's table, or what `gzip` made of it.
+
+    Args:
+        path: the table.
+        columns: that it must have.
+        rows: whether it must have some.
+        bound: Inf, where that may stand in it: what is said of an error of which nothing is certain.
+
+    Returns:
+        The table, with all its columns.
 
     Raises:
         InputError: it is missing, lacks one of `columns`, has entries of another kind, NaN or Inf in them, or is
@@ -149,8 +160,8 @@ def read_table(path: Path, columns: tuple[str, ...], *, rows: bool = True) -> pd
                 raise InputError(f"{path}: column {name!r} is not all names")
         elif not pd.api.types.is_numeric_dtype(frame[name]):
             raise InputError(f"{path}: column {name!r} is not all numbers")
-        elif not np.isfinite(frame[name].to_numpy()).all():
-            line = int(np.argmin(np.isfinite(frame[name].to_numpy())))
+        elif (odd := ~np.isfinite(frame[name].to_numpy()) & ~(frame[name] == bound).to_numpy()).any():
+            line = int(np.argmax(odd))
             raise InputError(f"{path}: column {name!r} is {frame[name][line]} in line {line + 2}")
         elif name in _WHOLE and not ((frame[name] >= 0) & (frame[name] < 2**53) & (frame[name] % 1 == 0)).all():
             raise InputError(f"{path}: column {name!r} is not all whole numbers")
@@ -159,7 +170,11 @@ def read_table(path: Path, columns: tuple[str, ...], *, rows: bool = True) -> pd
 
 def read_errors(path: Path, *, rows: bool = True) -> pd.DataFrame:
     """A study's table of errors, in which every algorithm of a window has all four metrics; see `read_table`."""
-    errors = read_table(path, ("algorithm", "k", "metric", "value", "epoch", "seed"), rows=rows)
+    columns = ("algorithm", "k", "metric", "value", "epoch", "seed")
+    errors = read_table(path, columns, rows=rows, bound=math.inf)
+    infinite = errors[(errors.value == math.inf) & errors.metric.isin(METRICS)]
+    if len(infinite):
+        raise InputError(f"{path}: column 'value' is inf in line {infinite.index[0] + 2}")
     for (epoch, algorithm), part in errors.groupby(["epoch", "algorithm"]):
         if lacking := set(METRICS) - set(part.metric):
             raise InputError(f"{path}: {algorithm!r} has no {min(lacking)} at epoch {epoch}")

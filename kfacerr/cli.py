@@ -14,6 +14,7 @@ import numpy as np
 from . import __version__
 from .algorithms import SEVEN
 from .command import Parser, check_at_least, path, run, say
+from .damping import Damping
 from .exceptions import InputError
 from .files import check_outputs, write_csv
 from .inverse import CONTINUATIONS, ESCAPED, check_phi
@@ -123,17 +124,20 @@ def _add_inspect(commands: Any) -> None:
     add("--out", type=Path, metavar="CSV", help="the table of factors")
     add("--html", type=Path, metavar="FILE", help="the audit as one page")
     add("--plot", type=Path, metavar="FILE", help="a figure of the spectra (pdf, png, svg)")
+    add("--damping-map", type=Path, metavar="FILE", help="a figure of a layer's errors over damping and rank")
+    add("--layer", metavar="NAME", help="of the damping map (default: the first with both factors)")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from .inspection import inspect
 
-    written = {"--out": arguments.out, "--html": arguments.html, "--plot": arguments.plot}
-    written = {option: path for option, path in written.items() if path is not None}
-    if arguments.plot is not None:
+    figures = {"--plot": arguments.plot, "--damping-map": arguments.damping_map}
+    written = {"--out": arguments.out, "--html": arguments.html, **figures}
+    written = {option: file for option, file in written.items() if file is not None}
+    for option in figures.keys() & written.keys():
         from .plot import check_format
 
-        check_format(arguments.plot)
+        check_format(written[option])
     check_outputs(written, {"what is inspected": arguments.path})
     check_at_least(rank=(arguments.rank, 1))
     found = inspect(arguments.path, rank=arguments.rank, phi=arguments.phi, gradients=arguments.gradients)
@@ -141,10 +145,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
         found.to_csv(arguments.out)
     if arguments.html is not None:
         found.to_html(arguments.html)
-    if arguments.plot is not None:
+    for option, file in figures.items():
         from .plot import save
 
-        save(found.plot(), arguments.plot)
+        save(found.plot() if option == "--plot" else found.plot_damping(arguments.layer), path)
     print(found)
 
 
@@ -276,12 +280,25 @@ def _add_replay(commands: Any) -> None:
     add = _add_command(commands, "replay", _replay, "measure the algorithms' errors on a recording").add_argument
     add("--layer", required=True, metavar="NAME", help="the layer to replay")
     _add_settings(add)
-    add("--damping", choices=DAMPINGS, default="own", help="lambda of each method, or one for all")
+    add("--damping", type=_damping, default="own", metavar="D", help=f"own phi lambda_max, common, or {_KINDS}")
     add("--algorithms", nargs="+", default=list(SEVEN), metavar="NAME", help=_NAMES)
     add("--backend", choices=tuple(_BACKENDS), default="numpy", help="where to compute")
     add("--dtype", choices=("float64", "float32"), default="float64", help="to compute in")
     add("--out", required=True, type=path, metavar="CSV", help="the error table")
     add("--plot", type=path, metavar="FILE", help="a figure of the four metrics (pdf, png, svg)")
+
+
+_KINDS = "phi=, mean=, lam= or pi=VALUE"
+
+
+def _damping(text: str) -> str:
+    """own, common, or a damping that is a lam for each factor."""
+    try:
+        if text not in DAMPINGS and not Damping.parse(text).separable:
+            raise InputError("a damping of both factors at once: see kfacerr inspect --damping-map")
+    except InputError as error:
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({', '.join(DAMPINGS)}, {_KINDS})") from error
+    return text
 
 
 def _replay(arguments: argparse.Namespace) -> None:

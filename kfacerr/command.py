@@ -12,13 +12,14 @@ returns; 2 after bad input, or where a file or the output cannot be written; 128
 
 import argparse
 import contextlib
+import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from .checks import path_of
 from .exceptions import InputError
@@ -40,6 +41,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exits with status 2 and one line that says where the help is."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Without argparse's silence where the help cannot be written."""
+        (sys.stderr if file is None else file).write(message or "")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -90,10 +95,10 @@ def run(
     except KeyboardInterrupt as error:
         return _failed(program, "interrupted", error, 128 + signal.SIGINT)
     except BrokenPipeError:  # `kfacerr info | head`: whoever read has enough
-        _give_up_stdout()
+        _give_up(sys.stdout)
         return 141  # 128 + SIGPIPE, which Windows has not
     except OSError as error:  # of no file that we name ourselves: standard output on a full disk, first of all
-        _give_up_stdout()
+        _give_up(sys.stdout)
         where = error.filename or "the output"
         return _failed(program, f"{where}: cannot be read or written: {error.strerror or error}", error, 2)
     except MemoryError as error:
@@ -103,8 +108,10 @@ def run(
 
 def say(line: str) -> None:
     """Prints a line on stderr; a stderr that is full or gone is no reason to lose the work."""
-    with contextlib.suppress(OSError, ValueError):
+    try:
         print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _give_up(sys.stderr)
 
 
 def _prepare_streams() -> None:
@@ -121,17 +128,17 @@ def _prepare_streams() -> None:
                 os.close(null)
             mode = "r" if number == 0 else "w"
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
-        elif number > 0 and getattr(stream, "errors", "") == "strict" and hasattr(stream, "reconfigure"):
+        elif number > 0 and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def _give_up_stdout() -> None:
-    """What is left in its buffer goes nowhere; at the exit nobody would catch it."""
+def _give_up(stream: TextIO) -> None:
+    """Where a stream takes nothing more, what is in its buffer goes nowhere: at the exit nobody would catch it."""
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
+        os.dup2(null, stream.fileno())
         os.close(null)
 
 

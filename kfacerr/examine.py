@@ -37,9 +37,19 @@ from .lowrank import LowRank, null_level, without_null
 from .metrics import angle_error, inverse_error, norm_error
 from .report import EXACT_UP_TO
 from .rsvd import evd, rsvd
-from .stored import EPS, StoredFactor
+from .stored import EPS, StoredArray, StoredFactor
 
-__all__ = ["PRECISIONS", "SHARE", "Examined", "FactorAudit", "examine", "model_gradient", "step_errors"]
+__all__ = [
+    "PRECISIONS",
+    "SHARE",
+    "SIDES",
+    "Examined",
+    "FactorAudit",
+    "examine",
+    "layer_steps",
+    "model_gradient",
+    "step_errors",
+]
 
 SHARE = 0.99
 """Of the trace, that `rank_99` modes hold."""
@@ -49,6 +59,9 @@ PRECISIONS = ("float32", "bfloat16")
 
 COSTLY = 0.01
 """An EVD that is off by more than this gets a finding."""
+
+SIDES = (("G", "A"), ("L", "R"))
+"""What stands on the left and on the right of a gradient."""
 
 NAN = float("nan")
 
@@ -169,6 +182,8 @@ def _mean_of(count: float | None) -> tuple[float, tuple[str, ...]]:
     """What to divide a sum by; NaN for nothing."""
     if count is None:
         return NAN, ()
+    if math.isnan(count):
+        return NAN, ("no count is stored with it, so that its sum stands for the mean",)
     if not (0 < count < math.inf):
         return NAN, (f"its count is {count:g}, so that the sum stands for the mean",)
     return count, ()
@@ -360,3 +375,41 @@ def step_errors(left: Examined, right: Examined, J: np.ndarray) -> dict[str, tup
     S = precondition(J, left.reference, right.reference)
     steps = {name: precondition(J, left.inverses[name], right.inverses[name]) for name in CONTINUATIONS}
     return {name: (norm_error(step, S), angle_error(step, S)) for name, step in steps.items()}
+
+
+def layer_steps(
+    examined: Mapping[str, Examined], given: StoredArray | None
+) -> tuple[list[tuple[str, str, float, float]], np.ndarray | None]:
+    """The steps of a layer with both factors, on a gradient of K-FAC's model and on a given one.
+
+    Args:
+        examined: its factors, by side.
+        given: a `StoredArray` (d_G, d_A), or None.
+
+    Returns:
+        Rows of gradient ("model", "given"), continuation, norm and angle error; and the given gradient, else the
+        model's, in the eigenbases of both, None without all modes of both.
+
+    Raises:
+        InputError: a gradient is given that does not fit.
+    """
+    sides = next((pair for pair in SIDES if all(side in examined for side in pair)), None)
+    if sides is None:
+        if given is not None:
+            raise InputError(f"layer {next(iter(examined.values())).audit.layer!r}: a gradient needs both factors")
+        return [], None
+    left, right = (examined[side] for side in sides)
+    gradients = {}
+    if left.low is not None and right.low is not None:
+        gradients["model"] = model_gradient(left, right, np.random.default_rng(0))
+    if given is not None:
+        gradients["given"] = given.read().astype(np.float64)
+    rows = [
+        (gradient, name, *errors)
+        for gradient, J in gradients.items()
+        for name, errors in step_errors(left, right, J).items()
+    ]
+    if left.low is None or right.low is None:
+        return rows, None
+    J = gradients.get("given", gradients["model"])
+    return rows, left.low.project(right.low.project(J.T).T)

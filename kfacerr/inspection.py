@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checks import whole
-from .examine import PRECISIONS, Examined, FactorAudit, examine, model_gradient, step_errors
+from .examine import PRECISIONS, SIDES, FactorAudit, examine, layer_steps
 from .exceptions import InputError
 from .files import write_csv, write_text
 from .inverse import CONTINUATIONS, check_phi
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["Inspection", "inspect"]
-
-SIDES = (("G", "A"), ("L", "R"))
-"""What stands on the left and on the right of a gradient."""
 
 MEANING = {
     "stable": "stable rank, trace / lambda_max",
@@ -141,6 +138,7 @@ class Inspection:
         started = time.perf_counter()
         self.factors: list[FactorAudit] = []
         self._spectra: dict[str, dict[str, np.ndarray]] = {}
+        self._rotated: dict[str, np.ndarray | None] = {}  # a gradient in the eigenbases of a layer's factors
         rows: list[tuple[Any, ...]] = []
         with tqdm(total=sum(map(len, layers.values())), unit="factor", disable=None) as bar:
             for layer, factors in layers.items():
@@ -153,7 +151,8 @@ class Inspection:
                     bar.update()
                 self.factors += [one.audit for one in examined.values()]
                 self._spectra[layer] = {side: one.spectrum for side, one in examined.items()}
-                rows += [(layer, *row) for row in _steps(examined, gradients.get(layer))]
+                found, self._rotated[layer] = layer_steps(examined, gradients.get(layer))
+                rows += [(layer, *row) for row in found]
         columns = ["layer", "gradient", "continuation", "step_norm", "step_angle"]
         self.steps = pd.DataFrame(rows, columns=columns)
         self.phi = phi
@@ -281,6 +280,43 @@ class Inspection:
         title = self.title if layer is None else f"layer {layer}"
         return spectrum_figure(chosen, self.phi, title=title, dark=dark)
 
+    def damping_map(self, layer: str | None = None) -> "pd.DataFrame":
+        """Errors (1)-(4) of truncations, and the condition, over damping and rank, see `kfacerr.damping_map`.
+
+        On the gradient that is given of the layer, else on one drawn from K-FAC's model; continued by "min".
+
+        Args:
+            layer: its name; the first with both factors if None.
+
+        Returns:
+            Columns layer, damping, share, rank, metric, value.
+
+        Raises:
+            InputError: there is no such layer, or none with both factors in full.
+        """
+        from .damping_map import damping_map, ranks_around
+
+        there = [name for name, J in self._rotated.items() if J is not None]
+        if not there or layer not in (None, *there):
+            told = "" if layer is None else f" of layer {layer!r}"
+            names = ", ".join(there) or "none"
+            raise InputError(f"no damping map{told}: it needs both factors in full, which these have: {names}")
+        chosen = there[0] if layer is None else layer
+        J, spectra = self._rotated[chosen], self._spectra[chosen]
+        left, right = next(pair for pair in SIDES if all(side in spectra for side in pair))
+        assert J is not None
+        rank = next(audit.rank for audit in self.factors if audit.layer == chosen)
+        frame = damping_map(spectra[left], spectra[right], J, ranks_around(rank, min(J.shape)))
+        frame.insert(0, "layer", chosen)
+        return frame
+
+    def plot_damping(self, layer: str | None = None, *, dark: bool = False) -> "Figure":
+        """The damping map of a layer as a matplotlib Figure; arguments as for `damping_map` and `plot`."""
+        from .plot import damping_figure
+
+        frame = self.damping_map(layer)
+        return damping_figure(frame, title=f"layer {frame['layer'].iloc[0]}: damping and rank", dark=dark)
+
     def to_csv(self, path: str | Path) -> None:
         """Writes the table."""
         write_csv(Path(path), self.table, digits=12)
@@ -322,26 +358,6 @@ class Inspection:
 def _power(factors: list[StoredFactor]) -> float:
     """p of the (M + lam I)^-p that the factors are for: 1 in K-FAC, 1/(2 k) in Shampoo with k factors a tensor."""
     return 1.0 if factors[0].side in ("A", "G", "") else 1 / (2 * len(factors))
-
-
-def _steps(examined: Mapping[str, Examined], given: Any) -> list[tuple[str, str, float, float]]:
-    """Rows of gradient, continuation, norm and angle error, of a layer with both factors."""
-    sides = next((pair for pair in SIDES if all(side in examined for side in pair)), None)
-    if sides is None:
-        if given is not None:
-            raise InputError(f"layer {next(iter(examined.values())).audit.layer!r}: a gradient needs both factors")
-        return []
-    left, right = (examined[side] for side in sides)
-    gradients = {}
-    if left.low is not None and right.low is not None:
-        gradients["model"] = model_gradient(left, right, np.random.default_rng(0))
-    if given is not None:
-        gradients["given"] = given.read().astype(np.float64)
-    return [
-        (gradient, name, *errors)
-        for gradient, J in gradients.items()
-        for name, errors in step_errors(left, right, J).items()
-    ]
 
 
 def _frame(rows: Any) -> "pd.DataFrame":

@@ -3,6 +3,7 @@
 No global matplotlib state is touched. The same table gives the same file, byte for byte.
 """
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .algorithms import Algorithm
+from .damping import RELATIVE
 from .exceptions import InputError
 from .files import write_atomically
 from .metrics import ROUNDING
@@ -24,6 +26,7 @@ from .study import by_window
 __all__ = [
     "METRIC_LABELS",
     "check_format",
+    "damping_figure",
     "error_curves",
     "error_figure",
     "frontier_figure",
@@ -250,6 +253,51 @@ def spectrum_figure(
             ax.minorticks_off()
         if len(spectra) <= 12:
             figure.axes[-1].legend(fontsize=7, frameon=False)
+        if title:
+            figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def damping_figure(frame: pd.DataFrame, *, title: str = "", dark: bool = False) -> Figure:
+    """A damping map: a row a damping, a column a metric, a curve a rank, over the damping's share.
+
+    Args:
+        frame: columns damping, share, rank, metric, value, of `kfacerr.damping_map`.
+        title: one line above the figure.
+        dark: for a dark background.
+
+    Returns:
+        The figure; `save` writes it.
+    """
+    kinds, ranks = list(dict.fromkeys(frame.damping)), sorted(set(frame["rank"]))
+    metrics = [*METRIC_LABELS, "condition"]
+    colours = mpl.colormaps["viridis"](np.linspace(0.2 if dark else 0.0, 1.0 if dark else 0.85, len(ranks)))
+    with mpl.rc_context(_DARK if dark else {}):
+        figure = Figure(figsize=(2.6 * len(metrics), 1.9 * len(kinds) + 0.6), layout="constrained")
+        axes = figure.subplots(len(kinds), len(metrics), squeeze=False)
+        labelled: set[str] = set()
+        for (kind, metric), ax in zip(itertools.product(kinds, metrics), axes.flat, strict=True):
+            part = frame[(frame.damping == kind) & (frame.metric == metric)].dropna()
+            if part.empty:
+                ax.set_axis_off()
+                continue
+            for colour, r in zip(colours, ranks, strict=True):
+                curve = part[part["rank"] == r]
+                ax.plot(curve.share, curve.value.clip(lower=ROUNDING), color=colour, linewidth=1.2)
+            decades = np.log10(part.value.clip(lower=ROUNDING))
+            low, high = np.floor(decades.min() + 0.05), np.ceil(decades.max() - 0.05)  # ticks at both ends
+            ax.set(xscale="log", yscale="log", ylim=(10.0 ** min(low, high - 1) / 1.3, 1.3 * 10.0**high))
+            ax.set_xlabel(RELATIVE[kind], fontsize=7)
+            ax.minorticks_off()
+            ax.tick_params(labelsize=7)
+            ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
+            if kind == kinds[0]:
+                ax.set_title(METRIC_LABELS.get(metric, "condition"), fontsize=8)
+            if kind not in labelled:
+                ax.set_ylabel(f"damping {kind}", fontsize=8)
+                labelled.add(kind)
+        handles = [Line2D([], [], color=c, label=f"r = {r}") for c, r in zip(colours, ranks, strict=True)]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(ranks), fontsize=7, frameon=False)
         if title:
             figure.suptitle(title, fontsize=9)
     return figure

@@ -13,11 +13,12 @@
     Shampoo          {"state": {parameter: {"L": L, "R": R}}}, {"factor_matrices": {0: L, 1: R}} (Meta's),
                      {"pre_cond_0": L, "pre_cond_1": R} (pytorch-optimizer)
 
-Flat names such as "fc1.A", "fc1/G" or "fc1_L" are taken apart. Where there is nothing of the kind, each square
-matrix with a non-negative diagonal is a factor. Side A belongs to a layer's inputs and G to its outputs; L and R
-stand on the left and on the right of a gradient.
+Flat names such as "fc1.A", "fc1/G", "L_fc1" are taken apart, and {"A": {layer: A}, "G": {layer: G}} is read
+too. Where there is nothing of the kind, each square matrix with a non-negative diagonal is a factor. Side A belongs
+to a layer's inputs and G to its outputs; L and R stand on the left and on the right of a gradient.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class StoredFactor:
         layer: its name; of an optimizer's state the parameter's.
         side: "A", "G", "L", "R", the number of the dimension, or "" if nothing says.
         array: (d, d).
-        count: what to divide it by, None where a mean is stored.
+        count: what to divide it by, None where a mean is stored; NaN where a count should be and is not.
         basis: (d, d) eigenvectors that are stored beside it, or None.
     """
 
@@ -165,18 +166,18 @@ def _walk(node: Any, path: tuple[str, ...]) -> Iterator[StoredFactor]:
         yield from _walk(child, (*path, key))
 
 
-_FLAT = re.compile(r"(.+)[._/](A|G|L|R)")
+_FLAT = re.compile(r"(?P<layer>.+)[._/](?P<side>A|G|L|R)|(?P<side_>A|G|L|R)[._/](?P<layer_>.+)")
 
 
 def _taken_apart(node: dict[str, Any]) -> dict[str, Any]:
-    """{"fc1.A": M} as {"fc1": {"A": M}}."""
+    """{"fc1.A": M, "G_fc1": N} as {"fc1": {"A": M, "G": N}}."""
     result: dict[str, Any] = {}
     for key, child in node.items():
         match = _FLAT.fullmatch(key) if isinstance(child, StoredArray) else None
         if match is None:
             result[key] = child
-        elif isinstance(held := result.setdefault(match[1], {}), dict):
-            held[match[2]] = child
+        elif isinstance(held := result.setdefault(match["layer"] or match["layer_"], {}), dict):
+            held[match["side"] or match["side_"]] = child
     return result
 
 
@@ -203,6 +204,7 @@ _TABLES = {
     "gradient_sharded": ("G", ("total_processed",), "eigen_gradient_sharded"),
     "input_covariances": ("A", (), ""),
     "gradient_covariances": ("G", (), ""),
+    **{side: (side, (), "") for side in "AGLR"},
 }
 """Mappings from layers to factors: their side, where their counts stand, and where their eigenvectors do."""
 
@@ -213,10 +215,11 @@ def _tables(node: dict[str, Any], path: tuple[str, ...]) -> Iterator[StoredFacto
         for layer, array in _items(node.get(key)):
             if not _is_factor(array):
                 continue
-            held = [node[name] for name in counts if name in node]
-            count = held[0].get(layer) if held and isinstance(held[0], dict) else (held or [None])[0]
+            held = next((node[name] for name in counts if name in node), None)
+            stored_count = _number(held.get(layer) if isinstance(held, dict) else held)
+            count = math.nan if counts and stored_count is None else stored_count
             basis = dict(_items(node.get(bases))).get(layer)
-            yield StoredFactor(_name(path, layer), side, array, _number(count), _same_shape(basis, array))
+            yield StoredFactor(_name(path, layer), side, array, count, _same_shape(basis, array))
 
 
 def _pairs(node: dict[str, Any], path: tuple[str, ...]) -> Iterator[StoredFactor]:

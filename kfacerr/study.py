@@ -16,9 +16,10 @@ import numpy as np
 from .algorithms import Algorithm
 from .array import failures, namespace, to_numpy
 from .checks import choice, instance, names, switch, whole
+from .damping import Damping, Scale
 from .exceptions import InputError
 from .factor import KFactor
-from .inverse import DampedInverse, DenseInverse, Inverse, check_phi, precondition_linear
+from .inverse import DampedInverse, DenseInverse, Inverse, check_phi, lambda_max, precondition_linear
 from .metrics import METRICS, angle_error, inverse_error, norm_error, step_coordinates
 from .process import Process, Settings
 from .stream import Array, Step, Window, Windows, ordered
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 __all__ = ["CERTIFIED", "DAMPINGS", "ErrorStudy", "Row", "averages", "by_window", "table"]
 
 DAMPINGS = ("own", "common")
-"""lam = phi * lambda_max of each method's own representation, or the reference's lam for all."""
+"""lam = phi * lambda_max of each method's own representation, or the reference's lam for all.
+
+Besides these a study takes dampings of `kfacerr.damping` that are a lam for each factor, such as "mean=0.1": of
+each method's own representation and trace, whatever phi a step brings.
+"""
 
 CERTIFIED = {"A": "certified_A", "G": "certified_G"}
 """Names of the certified bounds on metrics (1) and (2)."""
@@ -104,7 +109,7 @@ class ErrorStudy:
         settings: of the processes, and their continuation where a name has none.
         windows: where errors are measured; they must not overlap.
         phi: damping ratio, where a step brings none.
-        damping: "own" or "common".
+        damping: "own", "common", or a damping such as "mean=0.1", see `DAMPINGS`.
         certify: also give the certified bounds on metrics (1) and (2), where there are any.
 
     Attributes:
@@ -125,7 +130,6 @@ class ErrorStudy:
         certify: bool = False,
     ) -> None:
         check_phi(phi)
-        choice(damping, "damping", DAMPINGS)
         instance(settings, "settings", Settings)
         self.windows = ordered(windows)
         self.measured, pairs = _followed(algorithms, settings)
@@ -137,6 +141,8 @@ class ErrorStudy:
         }
         self.phi = phi
         self.damping = damping
+        self._damping = None if damping in DAMPINGS else _separable(damping)
+        self._scales: dict[str, tuple[Array, Scale]] = {}
         self.certify = switch(certify, "certify")
         self.last_k = -1
         self._errors: dict[tuple[str, str], tuple[Inverse, DenseInverse, float]] = {}
@@ -217,11 +223,13 @@ class ErrorStudy:
 
     def _measure(self, step: Step, columns: Mapping[str, Array], window: Window) -> list[Row]:
         phi = self.phi if step.phi is None else step.phi
-        references = {side: factor.reference(phi) for side, factor in self.factors.items()}
+        phis = {"A": phi, "G": phi} if self._damping is None else self._ratios(self._exact_scales())
+        references = {side: factor.reference(phis[side]) for side, factor in self.factors.items()}
         exact = _applied(columns, {side: inverse for side, (inverse, _) in references.items()})
         rows = []
         for measured in self.measured:
-            inverses = {side: self._inverse(measured, side, phi, references[side][1]) for side in "AG"}
+            own = phis if self._damping is None else self._ratios(self._own_scales(measured))
+            inverses = {side: self._inverse(measured, side, own[side], references[side][1]) for side in "AG"}
             errors = {s: self._error(measured, s, inverses[s], references[s][0]) for s in "AG"}
             S, S_ref = step_coordinates(*_applied(columns, inverses), *exact)
             values = (errors["A"], errors["G"], norm_error(S, S_ref), angle_error(S, S_ref))
@@ -235,11 +243,35 @@ class ErrorStudy:
 
     def _inverse(self, measured: _Measured, side: str, phi: float, lam: Array) -> Inverse:
         """The inverse of one algorithm; the reference's lam damps it where the damping is common."""
-        damping = {"phi": phi} if self.damping == "own" else {"lam": lam}
+        damping = {"lam": lam} if self.damping == "common" else {"phi": phi}
         inverse = self.factors[side].inverse(measured.process, continuation=measured.continuation, **damping)
         if inverse is None:
-            raise InputError(f"{side}: {measured.name} holds no estimate, or one that is zero")
+            raise InputError(f"{side}: {measured.name} {_EMPTY}")
         return inverse
+
+    def _ratios(self, scales: Mapping[str, Scale]) -> dict[str, float]:
+        """A damping of `kfacerr.damping` as a ratio phi for each factor."""
+        assert self._damping is not None
+        levels = self._damping.levels(scales["A"], scales["G"])
+        return {side: level / scales[side].top for side, level in zip("AG", levels, strict=True)}
+
+    def _exact_scales(self) -> dict[str, Scale]:
+        """Of M_k; found once an update, each of which makes a trace of its own."""
+        for side, factor in self.factors.items():
+            trace, M = factor.average.trace, factor.average.M
+            if side not in self._scales or self._scales[side][0] is not trace:
+                self._scales[side] = (trace, _scale(factor, lambda_max(M), trace))
+        return {side: scale for side, (_, scale) in self._scales.items()}
+
+    def _own_scales(self, measured: _Measured) -> dict[str, Scale]:
+        """Of an algorithm's estimates, and of M's trace as it was then."""
+        scales = {}
+        for side, factor in self.factors.items():
+            estimate = factor.processes[measured.process].estimate
+            if estimate is None or estimate.lowrank.m == 0 or not float(estimate.lowrank.lambda_max) > 0:
+                raise InputError(f"{side}: {measured.name} {_EMPTY}")
+            scales[side] = _scale(factor, float(estimate.lowrank.lambda_max), estimate.trace)
+        return scales
 
     def _error(self, measured: _Measured, side: str, inverse: Inverse, reference: DenseInverse) -> float:
         """Metric (1) or (2), made anew only where something it depends on changed."""
@@ -256,7 +288,7 @@ class ErrorStudy:
         At one damping lam~ they are b, from the certificate. With its own, lam~ = phi D_1, the reference's lam
         differs: |lam - lam~| <= phi ||E||_2 (Weyl). With R(x) = (M + x I)^-1, R(lam~) - R(lam) =
         (lam - lam~) R(lam~) R(lam) and ||R(lam~)||_2 <= 1/lam~ give ||R(lam~) - R(lam)||_F <= e ||R(lam)||_F,
-        e = ||E||_2/D_1. So the whole is at most b (1 + e) + e.
+        e = ||E||_2/D_1. So the whole is at most b (1 + e) + e. Dampings by the trace, or none of M, do not differ.
         """
         for side, inverse in inverses.items():
             known = self.factors[side].processes[measured.process].certificate
@@ -264,7 +296,8 @@ class ErrorStudy:
                 continue
             low = inverse.lowrank
             bound = float(known.relative_inverse_bound(low, inverse.lam, inverse.tau))
-            e = 0.0 if self.damping == "common" else float(known.spectral / low.lambda_max)
+            by_top = self.damping == "own" or (self._damping is not None and self._damping.kind == "phi")
+            e = float(known.spectral / low.lambda_max) if by_top else 0.0
             yield Row(measured.name, k, CERTIFIED[side], bound * (1 + e) + e, epoch)
 
     def spectrum(self, side: str) -> np.ndarray:
@@ -288,6 +321,26 @@ class ErrorStudy:
         for side, factor in self.factors.items():
             factor.load_state_dict(state["factors"][side])
         self._errors.clear()
+
+
+_EMPTY = "holds no estimate, or one that is zero"
+
+
+def _separable(text: str) -> Damping:
+    """A damping that is a lam for each factor."""
+    try:
+        damping = Damping.parse(instance(text, "damping", str))
+    except InputError as error:
+        raise InputError(f"{error}, nor own or common") from None
+    if not damping.separable:
+        raise InputError(f"damping {text!r} is no lam for each factor: see kfacerr inspect --damping-map")
+    return damping
+
+
+def _scale(factor: KFactor, top: float, trace: Array) -> Scale:
+    """Of the factor itself, not of that in its unit."""
+    squared = (factor.unit or 1.0) ** 2
+    return Scale(factor.average.M.shape[0], top / squared, float(trace) / squared)
 
 
 def _applied(columns: Mapping[str, Array], inverses: Mapping[str, Inverse]) -> tuple[Array, Array]:

@@ -126,3 +126,14 @@ def test_the_table_of_a_language_models_layers_is_computed():
     computed = markdown(layer_costs(Setting()))
     assert computed in (DOCS / "mathematics" / "streaming.md").read_text(encoding="utf-8")
     assert computed in (DOCS.parent / "figures" / "n-kfac" / "layers.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_dampings_is_that_of_the_csv():
+    frame = pd.read_csv(DOCS.parent / "figures" / "cifar10-small" / "damping.csv.gz")
+    value = frame[frame["rank"] == 29].set_index(["damping", "share", "metric"]).value
+    text = (DOCS / "inspect.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (phi|mean|product) \| ([\d.]+) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 6
+    for kind, share, cells in rows:
+        keys = [(kind, float(share), metric) for metric in (*METRICS, "condition")]
+        assert cells.split(" | ") == [f"{value[key]:.3g}" if key in value else "" for key in keys], (kind, share)

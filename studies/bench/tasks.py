@@ -2,7 +2,8 @@
 
 update       of an estimate of the EA factor: the Brand update (10) of a running `Brand` process, truncation
              and upkeep of orthonormality included, the same flops as plain products (U^T A, A^T A, Y V_r),
-             Algorithm 3 as in a textbook (QR, two projections, all r + n columns formed), IncrementalPCA,
+             Algorithm 3 as in a textbook (QR, two projections, all r + n columns formed), N-KFAC of r + n columns
+             with its estimate, every fifth update re-based, and its own plain products, IncrementalPCA,
              decompositions and a Cholesky inverse of a dense M, and (8) itself
 application  of the inverses of a layer with d inputs and d/8 outputs: Algorithm 8, Algorithm 1 l.15-18, dense
 layer step   forward, backward and `step()` of a `KFAC` on such a layer, whose factors stand still: by Algorithm 8
@@ -27,6 +28,7 @@ from kfacerr.inverse import DenseInverse, damped_inverse, precondition, precondi
 from kfacerr.process import Process, Settings
 from kfacerr.rsvd import evd, rsvd
 from kfacerr.stream import Step, Window
+from kfacerr.streaming import StreamingNystrom
 from kfacerr.study import ErrorStudy
 from kfacerr.torch import KFAC
 from studies.bench.rounds import Prepare, Run
@@ -36,6 +38,7 @@ __all__ = ["BASES", "OWN_THREADS", "TASKS", "UP_TO", "Draw", "Ways"]
 
 UPDATE, APPLICATION, LAYER, STUDY = "update", "application", "layer step", "study step"
 BRAND, FLOOR, QR, EA = "Brand, Gram form", "GEMM floor", "Brand, QR form", "EA update (8)"
+SKETCH, SKETCH_FLOOR = "N-KFAC", "N-KFAC's GEMM floor"
 NP_BRAND, NP_FLOOR = "Brand, Gram form (NumPy)", "GEMM floor (NumPy)"
 IPCA, RSVD, SVD_LOWRANK, RANDOMIZED = "IncrementalPCA", "rsvd", "svd_lowrank", "randomized_svd"
 EVD, CHOLESKY = "eigh", "Cholesky inverse"
@@ -84,6 +87,23 @@ def _floor(process: Process, rank: int) -> Callable[[Any], Run]:
     return lambda A: lambda: (U.T @ A, A.T @ A, Y @ V)
 
 
+def _sketches(s: int, batches: list[Tensor]) -> Ways:
+    """An update of N-KFAC with its estimate, and its products: X^T Omega, X Z, F = Y T and F^T F."""
+    process, k = StreamingNystrom(s=s, rho=RHO), itertools.count()
+    for X in batches:
+        process.update(next(k), X, None)
+    omega, T = torch.randn(len(batches[0]), s).to(batches[0]), torch.randn(s, s).to(batches[0])
+
+    def floor(X: Tensor) -> tuple[Tensor, Tensor]:
+        F = omega @ T
+        return X @ (X.T @ omega), F.T @ F
+
+    return {
+        SKETCH: _way(lambda X: lambda: (process.update(next(k), X, None), process.estimate)),
+        SKETCH_FLOOR: _way(lambda X: lambda: floor(X)),
+    }
+
+
 def update(d: int, r: int, draw: Draw, *, dense: bool) -> Ways:
     """Everything that follows an EA factor."""
     batches = [draw(d) for _ in range(3)]
@@ -94,6 +114,7 @@ def update(d: int, r: int, draw: Draw, *, dense: bool) -> Ways:
         BRAND: _way(_brand(process)),
         FLOOR: _way(_floor(process, r)),
         QR: _way(lambda X: lambda: textbook.update(X)),
+        **_sketches(min(r + batches[0].shape[1], d), batches),
     }
     on_host = batches[0].device.type == "cpu"
     if on_host:

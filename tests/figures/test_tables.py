@@ -15,6 +15,7 @@ from figures.tables import (
     epochs_to,
     note,
     paper_name,
+    read_errors,
     table_1,
     table_1_markdown,
     table_1_times,
@@ -24,6 +25,7 @@ from figures.tables import (
     window_settings,
 )
 from kfacerr.algorithms import SEVEN
+from kfacerr.exceptions import InputError
 from kfacerr.metrics import METRICS
 from tests.figures.error_tables import curves, epochs_of, frame, times_of
 
@@ -166,6 +168,18 @@ def test_targets_by_rule_follow_their_rule():
 
 
 # ----------------------------------------------------------------------------------------------- config.json
+
+
+def test_a_bound_may_be_infinite_and_an_error_may_not(tmp_path: Path):
+    path = tmp_path / "monitor.csv"
+    rows = [("FD", 0, metric, 0.1, 1, 0) for metric in METRICS]
+    columns = ["algorithm", "k", "metric", "value", "epoch", "seed"]
+    bound = ("FD", 0, "certified_A", np.inf, 1, 0)
+    pd.DataFrame([*rows, bound], columns=columns).to_csv(path, index=False)
+    assert len(read_errors(path)) == 5
+    pd.DataFrame([*rows, (*bound[:2], METRICS[0], *bound[3:])], columns=columns).to_csv(path, index=False)
+    with pytest.raises(InputError, match=r"monitor\.csv: column 'value' is inf in line 6"):
+        read_errors(path)
 
 
 def test_figures_quote_what_config_says(tmp_path: Path):

@@ -119,11 +119,11 @@ def test_a_reader_who_has_enough_is_no_error():
 # -------------------------------------------------------------------------------------------------- streams
 
 EXAMPLE = "import sys; from kfacerr.command import Parser, run, say; "
-EXAMPLE += "parser = Parser(prog='example', description='§ 4.2'); "
+EXAMPLE += "parser = Parser(prog='example', description='\\u00a7 4.2'); "
 FULL = b"example: the output: cannot be read or written: No space left on device\n"
-PRINTS = EXAMPLE + "sys.exit(run('example', parser, lambda _: print('§ — ρ'), sys.argv[1:]))"
-FAILS = EXAMPLE + "sys.exit(run('example', parser, lambda _: open('none/§.csv'), sys.argv[1:]))"
-SAYS = EXAMPLE + "sys.exit(run('example', parser, lambda _: say('half § done'), sys.argv[1:]))"
+PRINTS = EXAMPLE + "sys.exit(run('example', parser, lambda _: print('\\u00a7 \\u2014 \\u03c1'), sys.argv[1:]))"
+FAILS = EXAMPLE + "sys.exit(run('example', parser, lambda _: open('none/\\u00a7.csv'), sys.argv[1:]))"
+SAYS = EXAMPLE + "sys.exit(run('example', parser, lambda _: say('half \\u00a7 done'), sys.argv[1:]))"
 FILES = (
     "import os; "
     + EXAMPLE
@@ -139,7 +139,7 @@ def shell(code: str, line: str = "", folder=None, **environment: str) -> tuple[i
         check=False,
         timeout=120,
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**{key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}, **environment},
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -166,8 +166,9 @@ def shell(code: str, line: str = "", folder=None, **environment: str) -> tuple[i
         (SAYS, "2>/dev/full", (0, b"", b"")),
     ],
 )
-def test_streams_that_are_closed_or_full_end_cleanly(code, line, expected):
-    assert shell(code, line, PYTHONUTF8="1") == expected
+@pytest.mark.parametrize("unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}])
+def test_streams_that_are_closed_or_full_end_cleanly(code, line, expected, unbuffered):
+    assert shell(code, line, PYTHONUTF8="1", **unbuffered) == expected
 
 
 def test_where_streams_are_closed_no_file_gets_their_numbers(tmp_path):

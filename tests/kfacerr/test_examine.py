@@ -112,6 +112,7 @@ def test_sums_are_divided_by_their_counts():
     plain, summed = (examine(stored(s * M, count=c), rank=3, phi=0.1).audit for s, c in ((1, None), (8, 8.0)))
     assert summed.trace == pytest.approx(plain.trace, rel=1e-12) and summed.count == 8
     assert summed.stable_rank == pytest.approx(plain.stable_rank, rel=1e-12)
+    assert examine(stored(M, count=math.nan), rank=3, phi=0.1).audit.findings[0].startswith("no count is stored")
     without = examine(stored(M, count=0.0), rank=3, phi=0.1).audit
     assert "its count is 0" in without.findings[0] and without.trace == plain.trace
 

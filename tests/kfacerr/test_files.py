@@ -82,6 +82,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, mo
     for name in ("file", "file/x", "dangling", "dangling/x"):
         with pytest.raises(InputError, match="is not a folder"):
             check_folder(tmp_path / name)
+    (tmp_path / "dangling").unlink()
     check_folder(tmp_path / "new" / "newer")
     assert not (tmp_path / "new").exists()
     (tmp_path / "link.csv").symlink_to(tmp_path / "file")

@@ -55,6 +55,8 @@ LAYOUTS = {
         {"fc.1.A": A, "fc.1.G": G, "x/A": A},
         [("fc.1", "A", None), ("fc.1", "G", None), ("x", "A", None)],
     ),
+    "flat names, the side first": ({"A_0": A, "G_0": G}, [("0", "A", None), ("0", "G", None)]),
+    "a mapping a side": ({"G": {"fc": G}, "A": {"fc": A}}, [("fc", "A", None), ("fc", "G", None)]),
     "one array": (A, [("fc", "", None)]),
     "arrays by name": ({"one": A, "two": G}, [("one", "", None), ("two", "", None)]),
 }
@@ -75,6 +77,11 @@ def test_eigenvectors_stand_beside_their_factor():
         found = find_factors(stored(LAYOUTS[layout][0]))
         held = {factor.side: factor.basis for factor in found if factor.layer in ("fc.1", "0")}
         assert np.array_equal(held.pop(side).read(), Q) and list(held.values()) == [None]
+
+
+def test_a_count_that_is_missing_is_told():
+    (factor,) = find_factors(stored({"activation_covariance": {"fc": A}}))
+    assert np.isnan(factor.count)
 
 
 def test_a_square_weight_is_no_factor():

@@ -294,6 +294,9 @@ def served(tmp_path: Path, batches: dict[str, Arrays], release: Release) -> Iter
         finally:
             server.shutdown()
             thread.join()
+            with warnings.catch_warnings():  # requests leaves a connection that broke to the collector
+                warnings.simplefilter("ignore", ResourceWarning)
+                gc.collect()
 
 
 def test_a_data_set_not_in_the_cache_is_downloaded_once(
@@ -328,11 +331,9 @@ def test_a_broken_transfer_is_refused_and_not_kept(
         outputfile.flush()
         self.close_connection = True
 
-    with monkeypatch.context() as patch, warnings.catch_warnings():
+    with monkeypatch.context() as patch:
         patch.setattr(QuietHandler, "copyfile", broken)
         assert_refused("could not be downloaded", release=served)
-        warnings.simplefilter("ignore", ResourceWarning)  # requests leaves the broken connection to the collector
-        gc.collect()
     assert not list(cache.iterdir())
     assert_holds(load_cifar10(release=served), batches)
 

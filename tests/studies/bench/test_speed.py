@@ -37,7 +37,7 @@ def test_every_way_is_measured_at_every_size_in_every_round(out):
     counted = times.groupby(["task", "d"]).way.agg(["nunique", "size"])
     parts = {"layer step": 3}
     assert counted["nunique"].to_dict() == {
-        **{("update", d): 12 for d in SIZES},
+        **{("update", d): 14 for d in SIZES},
         **{("application", d): 3 for d in SIZES},
         **{("layer step", d): 3 for d in SIZES},
         ("study step", 64): 3,
