@@ -148,7 +148,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     for option, file in figures.items():
         from .plot import save
 
-        save(found.plot() if option == "--plot" else found.plot_damping(arguments.layer), path)
+        save(found.plot() if option == "--plot" else found.plot_damping(arguments.layer), file)
     print(found)
 
 
