@@ -95,6 +95,9 @@ class Algorithm:
             choice(name, f"{self.base}: the setting", (*_BASES[self.base].own, *_OF_ALL))
         Settings(**dict(self.own))
 
+    def __repr__(self) -> str:
+        return f"Algorithm.parse({str(self)!r})"
+
     @classmethod
     def parse(cls, name: "str | Algorithm") -> "Algorithm":
         """The algorithm of a name; an algorithm stands for itself.

@@ -61,6 +61,9 @@ class KFactor:
         self._inverses: dict[tuple[str, str], _Held] = {}
         self._reference: tuple[int, float, DenseInverse, Array] | None = None  # updates, phi, inverse, lam
 
+    def __repr__(self) -> str:
+        return f"<kfacerr KFactor {self.side!r}: d={self.d}, {', '.join(self.processes)}>"
+
     @property
     def d(self) -> int | None:
         """Its dimension; None before the first columns."""

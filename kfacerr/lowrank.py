@@ -64,6 +64,9 @@ class LowRank:
             told = ", ".join(map(str, (basis, D) if self.mix is None else (basis, D, mix)))
             raise InputError(f"a basis (d, p), D (m,) and mix (p, m), or p = m without, are needed, got {told}")
 
+    def __repr__(self) -> str:
+        return f"<kfacerr LowRank: d={self.d}, m={self.D.shape[0]}>"
+
     @property
     def d(self) -> int:
         return self.basis.shape[0]

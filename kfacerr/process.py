@@ -206,6 +206,10 @@ class Process:
         self._held: Estimate | None = None
         self._certificate: Certificate | str = "this process derives none"
 
+    def __repr__(self) -> str:
+        held = "nothing yet" if self._held is None else repr(self._held.lowrank)
+        return f"<kfacerr {type(self).__name__} at rank {self.settings.rank}: {held}>"
+
     # ------------------------------------------------------------------------------------------- settings
 
     def configure(self, **settings: Any) -> None:

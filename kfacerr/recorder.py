@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +40,7 @@ from .recording import (
     series_names,
     to_windows,
 )
-from .stream import Array, Step, Window, ordered
+from .stream import Array, Step, Windows, ordered
 
 __all__ = ["RecordingWriter"]
 
@@ -105,7 +105,7 @@ class RecordingWriter:
         bias: bool,
         batch_size: int,
         update_every: int,
-        windows: Sequence[Window] = (),
+        windows: Windows = (),
         dtype: Any = np.float32,
     ) -> None:
         """Describes a layer before its first step.
@@ -199,7 +199,7 @@ class RecordingWriter:
                 raise
         self._last[layer] = step.k
 
-    def set_windows(self, layer: str, windows: Sequence[Window]) -> None:
+    def set_windows(self, layer: str, windows: Windows) -> None:
         """Replaces a layer's windows, where only the end of a training tells which were reached.
 
         Args:

@@ -71,6 +71,9 @@ class Recording:
             self.layers = layer_groups(self._file)
         self._layers: dict[str, LayerRecording] = {}
 
+    def __repr__(self) -> str:
+        return f"<kfacerr Recording {str(self.path)!r} of {listed(self.layers)}>"
+
     def layer(self, name: str) -> "LayerRecording":
         """The named layer, validated; an InputError names its fault, or lists the layers there are."""
         if not self._file:
@@ -143,6 +146,10 @@ class LayerRecording:
         self.bias = bool(_read_integer(group, "bias", where, 0))
         self.batch_size = _read_integer(group, "batch_size", where, 1)
         self.update_every = _read_integer(group, "update_every", where, 1)
+
+    def __repr__(self) -> str:
+        sizes = f"d_A={self.d_A}, d_G={self.d_G}, n={self.n}"
+        return f"<kfacerr LayerRecording {self.name!r}: {sizes}, {len(self)} steps>"
 
     def __len__(self) -> int:
         return len(self.k)

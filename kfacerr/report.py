@@ -24,7 +24,7 @@ from .page import page, themed
 from .process import Settings
 from .replay import replay
 from .rsvd import rsvd
-from .stream import Step, Window
+from .stream import Step, Window, Windows
 from .study import CERTIFIED, ErrorStudy, Row, table
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ MEANING = {
     "step_norm": "(3) relative error of the step",
     "step_angle": "(4) 1 - cos of the step's angle error",
 }
-
 
 CERTAIN = "certified: what an algorithm knows of (1) and (2) right after an update, without the exact inverse"
 
@@ -132,7 +131,7 @@ class Measurement:
         self,
         name: str,
         settings: Settings,
-        windows: Sequence[Window],
+        windows: Windows,
         *,
         algorithms: Sequence[str | Algorithm] = SEVEN,
         phi: float = 0.1,

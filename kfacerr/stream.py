@@ -56,11 +56,15 @@ class Window(NamedTuple):
         return isinstance(k, Integral) and self.start <= int(k) < self.start + self.length
 
 
-def ordered(windows: Iterable[Any]) -> list[Window]:
-    """Windows, or tuples that are some, by their start.
+Windows = Window | Iterable[tuple[int, ...]]
+"""What stands for windows: one, several, or tuples (start, length) that are some."""
+
+
+def ordered(windows: Windows) -> list[Window]:
+    """Windows by their start.
 
     Args:
-        windows: (start, length) or (start, length, epoch) each.
+        windows: one, or several; (start, length) or (start, length, epoch) will do.
 
     Returns:
         The same as `Window`s.
@@ -69,7 +73,7 @@ def ordered(windows: Iterable[Any]) -> list[Window]:
         InputError: one is no window, or two overlap.
     """
     found = []
-    for one in names(windows, "windows", tuple, list):
+    for one in names([windows] if isinstance(windows, Window) else windows, "windows", tuple, list):
         if len(one) not in (2, 3):
             raise InputError(f"a window is (start, length) or (start, length, epoch), got {one!r}")
         limits = zip(("start", "length", "epoch"), one, (0, 1, 0), strict=False)

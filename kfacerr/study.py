@@ -22,7 +22,7 @@ from .factor import KFactor
 from .inverse import DampedInverse, DenseInverse, Inverse, check_phi, lambda_max, precondition_linear
 from .metrics import METRICS, angle_error, inverse_error, norm_error, step_coordinates
 from .process import Process, Settings
-from .stream import Array, Step, Window, ordered
+from .stream import Array, Step, Window, Windows, ordered
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,7 +123,7 @@ class ErrorStudy:
         self,
         algorithms: Sequence[str | Algorithm] | Mapping[str, tuple[Process, Process]],
         settings: Settings,
-        windows: Sequence[Window],
+        windows: Windows,
         *,
         phi: float = 0.1,
         damping: str = "own",
@@ -146,6 +146,9 @@ class ErrorStudy:
         self.certify = switch(certify, "certify")
         self.last_k = -1
         self._errors: dict[tuple[str, str], tuple[Inverse, DenseInverse, float]] = {}
+
+    def __repr__(self) -> str:
+        return f"<kfacerr ErrorStudy of {', '.join(self.names)}, up to iteration {self.last_k}>"
 
     @property
     def names(self) -> tuple[str, ...]:

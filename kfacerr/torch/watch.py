@@ -29,7 +29,7 @@ from ..process import Settings
 from ..recorder import RecordingWriter
 from ..recording import Recording
 from ..report import Measurement, Report, default_rank
-from ..stream import Columns, Step, Window, ordered
+from ..stream import Columns, Step, Window, Windows, ordered
 from ..study import ErrorStudy
 from ._micro_batches import LayerTotals, gradient_columns, micro_batch
 from ._scaling import read_scale
@@ -50,7 +50,7 @@ def watch(
     phi: float = 0.1,
     continuation: str = "min",
     every: int = 10,
-    windows: Window | Sequence[tuple[int, ...]] | None = None,
+    windows: Windows | None = None,
     record: str | Path | None = None,
     loss_scale: float | Callable[[], float] = 1.0,
     seed: int = 0,
@@ -103,14 +103,14 @@ class _Windows:
     GROWTH, FIRST, UPDATES = 8, 10, 10
     COUNT = 12  # the last of the default windows starts at 10^11 steps
 
-    def __init__(self, every: int, given: Window | Sequence[tuple[int, ...]] | None) -> None:
+    def __init__(self, every: int, given: Windows | None) -> None:
         self.every = every
         self.given = given is not None
         if given is None:
             starts = (self.FIRST * every * self.GROWTH**j for j in range(self.COUNT))
             self.windows = [Window(start, self.UPDATES * every) for start in starts]
         else:
-            self.windows = ordered([given] if isinstance(given, Window) else given)
+            self.windows = ordered(given)
             if not self.windows:
                 raise InputError("no window to measure in is given")
 

@@ -343,7 +343,7 @@ def test_a_gradient_of_the_columns_is_that_of_the_weight(tmp_path):
         ({"continuation": "max"}, "continuation 'max'"),
         ({"windows": [(0, 5), (3, 4)]}, "windows overlap"),
         ({"windows": [(0, 0)]}, "window"),
-        ({"windows": [7]}, "windows: each must be a tuple or list, got 7"),
+        ({"windows": [7]}, "windows: each must be of type tuple or list, got 7"),
         ({"windows": [(1.5, 3)]}, "a window's start must be a whole number of at least 0, got 1.5"),
     ],
 )
