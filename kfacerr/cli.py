@@ -109,7 +109,7 @@ def _add_inspect(commands: Any) -> None:
     add = parser.add_argument
     add(
         "path",
-        type=Path,
+        type=path,
         metavar="PATH",
         help="a file or folder of factors (kronfluence, bergson, torch.save, ...)",
     )
@@ -120,11 +120,11 @@ def _add_inspect(commands: Any) -> None:
         help="truncation rank r (default: an eighth of the smaller dimension, 4 to 220)",
     )
     add("--phi", type=float, default=0.1, help="damping ratio")
-    add("--gradients", type=Path, metavar="FILE", help="a gradient (d_G, d_A) by layer, to measure steps on")
-    add("--out", type=Path, metavar="CSV", help="the table of factors")
-    add("--html", type=Path, metavar="FILE", help="the audit as one page")
-    add("--plot", type=Path, metavar="FILE", help="a figure of the spectra (pdf, png, svg)")
-    add("--damping-map", type=Path, metavar="FILE", help="a figure of a layer's errors over damping and rank")
+    add("--gradients", type=path, metavar="FILE", help="a gradient (d_G, d_A) by layer, to measure steps on")
+    add("--out", type=path, metavar="CSV", help="the table of factors")
+    add("--html", type=path, metavar="FILE", help="the audit as one page")
+    add("--plot", type=path, metavar="FILE", help="a figure of the spectra (pdf, png, svg)")
+    add("--damping-map", type=path, metavar="FILE", help="a figure of a layer's errors over damping and rank")
     add("--layer", metavar="NAME", help="of the damping map (default: the first with both factors)")
 
 
@@ -145,10 +145,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
         found.to_csv(arguments.out)
     if arguments.html is not None:
         found.to_html(arguments.html)
-    for option, file in figures.items():
+    for option in [option for option in figures if option in written]:
         from .plot import save
 
-        save(found.plot() if option == "--plot" else found.plot_damping(arguments.layer), file)
+        save(found.plot() if option == "--plot" else found.plot_damping(arguments.layer), written[option])
     print(found)
 
 

@@ -119,16 +119,13 @@ def _prepare_streams() -> None:
 
     A closed one (`>&-`) is opened as the null device: else the next file would get its number, and stray output.
     """
-    for name, number in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != number:
-                os.dup2(null, number)
-                os.close(null)
-            mode = "r" if number == 0 else "w"
-            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
-        elif number > 0 and isinstance(stream, io.TextIOWrapper):
+            null = os.open(os.devnull, os.O_RDWR)  # the least number that is free: its own
+            os.set_inheritable(null, True)
+            setattr(sys, name, os.fdopen(null, mode, encoding="utf-8", closefd=False))
+        elif mode == "w" and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -26,6 +26,8 @@ import pandas as pd
 from figures.sketches import render
 from kfacerr.algorithms import Algorithm
 from kfacerr.command import Parser, check_at_least, run
+from kfacerr.exceptions import InputError
+from kfacerr.inverse import check_phi
 from kfacerr.metrics import METRICS
 from kfacerr.process import Process, Settings
 from kfacerr.recorder import RecordingWriter
@@ -290,6 +292,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     check_at_least(rank=(arguments.rank, 1), draws=(arguments.draws, 1))
+    if arguments.phi is not None:
+        check_phi(arguments.phi)
+    if not (arguments.recordings or arguments.flat):
+        raise InputError("nothing to compare on: give a recording, or --flat and a share of the trace")
+    if arguments.labels and len(arguments.labels) != len(arguments.recordings):
+        raise InputError(
+            f"{len(arguments.labels)} --labels for {len(arguments.recordings)} recordings: give one each"
+        )
+    for tail in arguments.flat:
+        if not 0 < tail < 1:
+            raise InputError(f"--flat is a share of the trace, in (0, 1), got {tail}")
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     frames = []

@@ -25,7 +25,7 @@ from kfacerr.algorithms import SEVEN
 from kfacerr.array import cholesky_inverse
 from kfacerr.ea import EAFactor
 from kfacerr.inverse import DenseInverse, damped_inverse, precondition, precondition_linear
-from kfacerr.process import Process, Settings
+from kfacerr.process import Estimate, Process, Settings
 from kfacerr.rsvd import evd, rsvd
 from kfacerr.stream import Step, Window
 from kfacerr.streaming import StreamingNystrom
@@ -98,8 +98,12 @@ def _sketches(s: int, batches: list[Tensor]) -> Ways:
         F = omega @ T
         return X @ (X.T @ omega), F.T @ F
 
+    def sketched(X: Tensor) -> Estimate | None:
+        process.update(next(k), X, None)
+        return process.estimate
+
     return {
-        SKETCH: _way(lambda X: lambda: (process.update(next(k), X, None), process.estimate)),
+        SKETCH: _way(lambda X: lambda: sketched(X)),
         SKETCH_FLOOR: _way(lambda X: lambda: floor(X)),
     }
 

@@ -122,7 +122,12 @@ EXAMPLE = "import sys; from kfacerr.command import Parser, run, say; "
 EXAMPLE += "parser = Parser(prog='example', description='\\u00a7 4.2'); "
 FULL = b"example: the output: cannot be read or written: No space left on device\n"
 PRINTS = EXAMPLE + "sys.exit(run('example', parser, lambda _: print('\\u00a7 \\u2014 \\u03c1'), sys.argv[1:]))"
-FAILS = EXAMPLE + "sys.exit(run('example', parser, lambda _: open('none/\\u00a7.csv'), sys.argv[1:]))"
+FAILS = EXAMPLE + """
+from kfacerr.exceptions import InputError
+def fails(_):
+    raise InputError('\\u00a7 4.2')
+sys.exit(run('example', parser, fails, sys.argv[1:]))
+"""
 SAYS = EXAMPLE + "sys.exit(run('example', parser, lambda _: say('half \\u00a7 done'), sys.argv[1:]))"
 FILES = (
     "import os; "
@@ -182,7 +187,7 @@ def test_what_an_encoding_lacks_is_escaped(environment):
     status, out, err = shell(PRINTS, **environment)
     assert (status, err) == (0, b"") and out in (rb"\xa7 \u2014 \u03c1" + b"\n", "§ — ρ\n".encode())
     status, out, err = shell(FAILS, **environment)
-    assert (status, out) == (2, b"") and err.startswith(b"example: none/") and err.count(b"\n") == 1
+    assert (status, out) == (2, b"") and err.endswith(b" 4.2\n") and err.count(b"\n") == 1
     assert shell(PRINTS, "--help", **environment)[0] == 0
 
 

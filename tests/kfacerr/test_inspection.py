@@ -124,7 +124,7 @@ def test_the_command_writes_what_is_asked_for(path, tmp_path, capsys):
     ("options", "fault"),
     [
         (["--phi", "0"], "phi must be positive"),
-        (["--rank", "0"], "--rank must be a whole number of at least 1"),
+        (["--rank", "0"], "--rank must be at least 1"),
         (["--plot", "x.jpeg"], "must end in .pdf"),
         (["--out", "no/x.csv"], "the folder no does not exist"),
     ],

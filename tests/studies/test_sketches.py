@@ -98,4 +98,20 @@ def test_the_command_writes_tables_and_a_figure(tmp_path, flat, capsys):
     text = (out / "sketches.md").read_text()
     assert "B-KFAC's error over N-KFAC's" in text and "| flops " in text and text in capsys.readouterr().out
     assert {"sketches.png", "sketches.pdf", "environment.json"} <= {path.name for path in out.iterdir()}
-    assert "--draws must be at least 1" in refused(capsys, main, flat, "--draws", 0, "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--draws", "0", "r.h5"], "--draws must be at least 1, got 0"),
+        ([], "nothing to compare on: give a recording, or --flat"),
+        (["r.h5", "s.h5", "--labels", "one"], "1 --labels for 2 recordings: give one each"),
+        (["--flat", "1.5"], "--flat is a share of the trace, in (0, 1), got 1.5"),
+        (["r.h5", "--phi", "-1"], "damping ratio phi must be positive and finite, got -1.0"),
+        (["nowhere.h5"], "nowhere.h5"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_in_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, main, *arguments, "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "errors.csv").exists()
