@@ -122,12 +122,15 @@ EXAMPLE = "import sys; from kfacerr.command import Parser, run, say; "
 EXAMPLE += "parser = Parser(prog='example', description='\\u00a7 4.2'); "
 FULL = b"example: the output: cannot be read or written: No space left on device\n"
 PRINTS = EXAMPLE + "sys.exit(run('example', parser, lambda _: print('\\u00a7 \\u2014 \\u03c1'), sys.argv[1:]))"
-FAILS = EXAMPLE + """
+FAILS = (
+    EXAMPLE
+    + """
 from kfacerr.exceptions import InputError
 def fails(_):
     raise InputError('\\u00a7 4.2')
 sys.exit(run('example', parser, fails, sys.argv[1:]))
 """
+)
 SAYS = EXAMPLE + "sys.exit(run('example', parser, lambda _: say('half \\u00a7 done'), sys.argv[1:]))"
 FILES = (
     "import os; "
