@@ -83,6 +83,6 @@ def damping_map(
 
 def _truncated(w: np.ndarray, r: int, continuation: str) -> np.ndarray:
     """The spectrum of the truncation to r, continued."""
-    low = LowRank(np.empty((len(w), 0)), w[:r])
+    low = LowRank(np.eye(len(w), min(r, len(w))), w[:r])  # in its eigenvectors
     tau = float(continuation_level(low, continuation, np.asarray(w.sum())))
     return np.concatenate([w[:r], np.full(max(0, len(w) - r), tau)])

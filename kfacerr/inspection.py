@@ -406,7 +406,15 @@ def _rank(audit: FactorAudit) -> str:
 def _bounded(error: float | None, bound: float | None) -> str:
     """0.12 (0.3), or the bound alone in brackets."""
     shown = "" if error is None else _error(error)
-    return shown if bound is None else f"{shown} ({_error(bound, 1)})".strip()
+    return shown if bound is None else f"{shown} ({_error(_raised(bound), 1)})".strip()
+
+
+def _raised(bound: float) -> float:
+    """To one digit, upwards: a bound is not shown below what it bounds."""
+    if not 0 < bound < math.inf:
+        return bound
+    unit = 10.0 ** math.floor(math.log10(bound))
+    return math.ceil(bound / unit) * unit
 
 
 def _error(value: float, digits: int = 2) -> str:

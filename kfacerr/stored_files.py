@@ -295,6 +295,8 @@ def _torch(path: Path) -> Any:
         import torch
     except ImportError:
         raise InputError(f"{path}: needs PyTorch (pip install 'kfacerr[torch]')") from None
+    if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        raise InputError(f"{path}: needs PyTorch >= 2.6, there is {torch.__version__}")
     zipped = zipfile.is_zipfile(path)
     unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
     with warnings.catch_warnings(), torch.serialization.safe_globals([(_Inert, name) for name in unknown]):

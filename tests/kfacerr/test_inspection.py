@@ -64,6 +64,13 @@ def test_the_page_is_whole_and_escaped(audit, tmp_path):
     assert "stable rank" in page and audit._repr_html_().startswith("<style>")
 
 
+def test_a_bound_is_rounded_upwards(audit):
+    for cell in audit.inverses()[["none", "min", "trace"]].to_numpy().ravel():
+        if cell and "inf" not in cell:
+            error, bound = cell.removesuffix(")").split(" (")
+            assert float(error) <= float(bound), cell
+
+
 def test_a_figure_of_one_layer_or_of_all(audit):
     assert len(audit.plot().axes) == 2 and len(audit.plot(FIRST, dark=True).axes) == 2
     with pytest.raises(InputError, match="no layer 'fc'; there are transformer"):
