@@ -13,15 +13,9 @@
     Shampoo          {"state": {parameter: {"L": L, "R": R}}}, {"factor_matrices": {0: L, 1: R}} (Meta's),
                      {"pre_cond_0": L, "pre_cond_1": R} (pytorch-optimizer)
 
-<<<<<<< HEAD
-Flat names such as "fc1.A", "fc1/G", "L_fc1" are taken apart, and {"A": {layer: A}, "G": {layer: G}} is read
-too. Where there is nothing of the kind, each square matrix with a non-negative diagonal is a factor. Side A
-belongs to a layer's inputs and G to its outputs; L and R stand on the left and on the right of a gradient.
-=======
 Flat names such as "fc1.A", "fc1/G", "L_fc1" are taken apart, and {"A": {layer: A}, "G": {layer: G}} is read too.
 Where there is nothing of the kind, each square matrix with a non-negative diagonal is a factor. Side A belongs to
 a layer's inputs and G to its outputs; L and R stand on the left and on the right of a gradient.
->>>>>>> issue-15
 """
 
 import math
