@@ -73,14 +73,25 @@ class KFACLayer(Layer):
 
     @property
     def is_held(self) -> bool:
-        """Whether the gradient is there as factors and nothing of it formed."""
-        return all(held(p) and formed(p) is None for p in self.parameters)
+        """Whether this step's gradient is there as factors, and nothing of it formed or of an earlier step."""
+        return all(held(p) and formed(p) is None and not is_spent(p) for p in self.parameters)
 
     # ------------------------------------------------------------------------------------------- columns
 
     def gradient_columns(self, totals: LayerTotals) -> Columns:
-        """This process's columns of `G A^T = Mat(g)`."""
+        """This process's columns of `G A^T = Mat(g)`: of a gradient that is held its own factors."""
+        if self.is_held:
+            return self._held_columns()
         return gradient_columns(self.parts, totals) if self.parts else self._no_columns(totals)
+
+    def _held_columns(self) -> Columns:
+        shares = held(self.weight)
+        x, grad = (torch.cat(parts) for parts in zip(*((s.inputs, s.grad) for s in shares), strict=True))
+        dtype = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
+        A, G = x.T.to(dtype), grad.T.to(dtype)
+        if self.with_bias:
+            A = torch.cat([A, A.new_ones(1, A.shape[1])])
+        return Columns(A, G if self.loss_scale == 1.0 else G / self.loss_scale)
 
     def factor_columns(self, totals: LayerTotals, *, sampled: bool) -> Columns:
         """This process's columns of the factors."""
@@ -125,7 +136,7 @@ class KFACLayer(Layer):
         Clipping by a norm leaves a multiple. Where a part of .grad is held as factors and another is formed, the
         second came from elsewhere: no product is needed, but whether it is zero. (Or the factors outgrew the
         gradient, and Algorithm 8 would save nothing.) So it is with gradients of an earlier step that were not
-        cleared. A gradient that is held is not formed for it.
+        cleared.
 
         Else rounding is allowed for. With unit round-off u, entry (q, r) of .grad is off by some u |G_q| |A_r|, in
         the norms of the rows, with signs that v's are independent of: in all, .grad v by u ||G||_F ||A||_F, and

@@ -93,27 +93,29 @@ class KFACStep:
     def is_fit(self) -> bool:
         """Whether all is finite; takes out of `by_columns` the layers where Algorithm 8 cannot apply.
 
-        One wait for the device in all, and all processes come to the same answer.
+        One wait for the device in all, and all processes come to the same answer. None where nobody looks for NaN:
+        then Algorithm 8 is left to the layers whose gradient is held as factors.
         """
         optimizer = self.optimizer
-        looking = self.updating or optimizer.skip_nonfinite
-        if not looking and not self.by_columns:
+        formed = [name for name in self.by_columns if not optimizer.layers[name].is_held]
+        if not (self.updating or optimizer.skip_nonfinite):
+            for name in formed:
+                del self.by_columns[name]
             return True
-        finite = finite_gradients(optimizer._parameters()) if looking else []
+        finite = finite_gradients(optimizer._parameters())
         for pair in self.columns.values():  # a norm overflows where its factor would
             finite += [(torch.linalg.vector_norm(X) ** 2).isfinite() for X in pair]
         lost, optimizer._unfit = optimizer._unfit, {}
-        multiples = [self._multiple(optimizer.layers[name], pair) for name, pair in self.by_columns.items()]
+        multiples = [self._multiple(optimizer.layers[name], self.by_columns[name]) for name in formed]
         differs = [c.isnan() for c in multiples]
         questions = [~optimizer._all(finite), *(last >= 0 for last in lost.values()), *differs]
         skip, *answers = self.team.any(torch.stack([question.to(optimizer._home) for question in questions]))
         _report([item for item, was in zip(lost.items(), answers[: len(lost)], strict=True) if was])
         if skip:
             return False
-        for (name, pair), c, differ in zip(
-            list(self.by_columns.items()), multiples, answers[len(lost) :], strict=True
-        ):
-            self.by_columns[name] = pair._replace(G=c.to(pair.G) * pair.G)
+        for name, c, differ in zip(formed, multiples, answers[len(lost) :], strict=True):
+            A, G = self.by_columns[name]
+            self.by_columns[name] = Columns(A, c.to(G) * G)
             if differ:
                 del self.by_columns[name]
                 optimizer._say(

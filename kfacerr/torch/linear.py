@@ -46,6 +46,13 @@ class Share(NamedTuple):
     def numel(self) -> int:
         return self.grad.numel() + (0 if self.x is None else self.x.numel())
 
+    @property
+    def inputs(self) -> Tensor:
+        """x of a weight, as it was in the forward."""
+        self.check()
+        assert self.x is not None
+        return self.x
+
     def formed(self) -> Tensor:
         self.check()
         return self.grad.sum(0) if self.x is None else self.grad.T @ self.x
