@@ -144,7 +144,8 @@ def gathered() -> dict[str, Any]:
     gather, seen = Team.gather, []
     Team.gather = lambda self, X, widths: seen.append(tuple(X.shape)) or gather(self, X, widths)  # type: ignore
     try:
-        out = run("mlp", "N-KFAC", T_updt=1, rank=lambda epoch: 4 if epoch < 1 else 5, steps_per_epoch=3)
+        options = {"T_updt": 1, "rank": lambda epoch: 4 if epoch < 1 else 5, "steps_per_epoch": 3}
+        out = run("mlp", "N-KFAC", linear_application=False, **options)  # Algorithm 8 gathers the gradient's
     finally:
         Team.gather = gather  # type: ignore[method-assign]
     return {**out, "gathered": seen}
