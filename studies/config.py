@@ -408,7 +408,7 @@ _PAPER: dict[str, Any] = {
 
 _PRESETS = (
     # A window is 7 epochs of 44: schedules this long keep it within one phi, one rank and one oversampling. The
-    # second opens where phi falls to 0.05, at the paper's epoch 25: a study of three minutes cannot wait for its 30.
+    # second opens where phi falls to 0.05, at the paper's epoch 25: three minutes are too short for its 30.
     Preset(
         **_DIGITS,
         window_epochs=(22, 36),
