@@ -87,6 +87,20 @@ def test_the_table_of_steps_in_the_findings_is_that_of_the_csv():
         assert float(ratio) == pytest.approx(summary.ratio[name, "mean"], abs=0.05), name
 
 
+def test_the_table_of_the_papers_layer_is_that_of_the_csvs():
+    folder = DOCS.parent / "figures" / "paper-layer"
+    frame = pd.concat([pd.read_csv(folder / f"{name}.csv.gz") for name in ("errors", "variants")])
+    mean = frame.groupby(["algorithm", "metric"]).value.mean()
+    text = (DOCS / "findings.md").read_text(encoding="utf-8")
+    (section,) = re.findall(
+        r"^## The paper's layer at its true size.*?\n(.*?)^## ", text, re.MULTILINE | re.DOTALL
+    )
+    rows = re.findall(r"^\| ([\w-]*KFAC.*?|K-FAC.*?) \| (.*) \|$", section, re.MULTILINE)
+    assert len(rows) == 10
+    for name, cells in rows:
+        assert cells.split(" | ") == [f"{mean[name, metric]:.3g}" for metric in METRICS], name
+
+
 def test_the_table_of_widths_is_that_of_the_spectra():
     """Of every study along a training that is there."""
     figures = DOCS.parent / "figures"
