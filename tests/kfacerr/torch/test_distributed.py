@@ -189,7 +189,7 @@ def without_ddp() -> dict[str, Any]:
     except InputError as error:
         out["error"] = str(error)
     net = mlp()
-    optimizer = KFAC(net, "B-KFAC", **BUSY, data_parallel=False)
+    optimizer = KFAC(net, "B-KFAC", **BUSY, data_parallel=False, linear_application=False)
     F.cross_entropy(net(x), y).backward()
     optimizer.step()
     return {**out, "alone": parameters(net)}
@@ -399,7 +399,7 @@ def test_gradients_that_nobody_averages_are_refused_and_processes_may_train_on_t
     for rank, results in enumerate(together):
         assert "the processes' gradients differ; wrap the model in" in results["without DDP"]["error"]
         net = mlp()
-        optimizer = KFAC(net, "B-KFAC", **BUSY)
+        optimizer = KFAC(net, "B-KFAC", **BUSY, linear_application=False)
         F.cross_entropy(net(vectors(rank)[0]), vectors(rank)[1]).backward()
         optimizer.step()
         assert torch.equal(results["without DDP"]["alone"], parameters(net))
