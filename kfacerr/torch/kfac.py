@@ -56,6 +56,8 @@ class KFAC(LayerOptimizer):
     Where a layer has fewer columns than min(d_A, d_G), and it takes fewer operations, its step is made from them
     and not from .grad (Algorithm 8). Its `nn.Linear` becomes a `FactoredLinear` for it, in place, the same layer
     but for the backward: .grad is there as the factors of G A^T, and is formed when something reads it.
+    What needs the very class nn.Linear (dynamic quantisation, a pickle for where kfacerr is not) takes a new model
+    with the state_dict.
     A step where .grad is no multiple of that, because it was changed otherwise than by clipping its norm, or has
     parts from elsewhere (a penalty in the loss), is taken by Algorithm 1, and the log says so once.
 
