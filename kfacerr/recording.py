@@ -216,7 +216,7 @@ def open_file(path: Path, mode: str) -> h5py.File:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     if there is None:
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: {'is no regular file' if path.exists() else 'no such file'}")
     try:
         if not h5py.is_hdf5(path):
             raise InputError(f"{path}: not an HDF5 file")

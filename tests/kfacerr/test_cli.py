@@ -409,7 +409,7 @@ def test_files_that_are_no_recordings_are_named(tmp_path, capsys):
     text = tmp_path / "text.h5"
     text.write_text("hello")
     assert "text.h5: not an HDF5 file" in _fails(capsys, text, out)
-    assert f"{tmp_path}: no such file" in _fails(capsys, tmp_path, out)
+    assert f"{tmp_path}: is no regular file" in _fails(capsys, tmp_path, out)
     other = _theirs(tmp_path / "other.h5", format="someone-elses")
     assert "other.h5: not a kfacerr-recording (attribute format is 'someone-elses')" in _fails(capsys, other, out)
     cut = tmp_path / "cut.h5"
