@@ -110,7 +110,7 @@ def candidates(layer: Layer, rank: int) -> list[Algorithm]:
         rank: r.
 
     Returns:
-        Those with a rank, or twice a sketch's columns, below the larger dimension.
+        Those that have room, and a rank, in the larger factor.
     """
     names = [f"K-FAC T_inv={T}" for T in (10, 50, 250)]
     low = [f"R-KFAC T_inv={T} rank={r}" for T in (10, 50, 250) for r in (rank, rank + layer.n)]
@@ -122,7 +122,8 @@ def candidates(layer: Layer, rank: int) -> list[Algorithm]:
     low += [f"N-KFAC s={s}" for s in dict.fromkeys((rank, 2 * rank, rank + layer.n))]
     names += [f"{name}{kind}" for name in low for kind in ("", " continuation=trace")]
     wide = max(layer.d_A, layer.d_G)
-    return [a for a in map(Algorithm.parse, names) if a.get("rank", 2 * a.get("s", 0)) < wide]
+    there = [a for a in map(Algorithm.parse, names) if a.get("rank", 0) < wide]
+    return [a for a in there if not a.no_room(Settings(), wide, layer.n)]
 
 
 # ------------------------------------------------------------------------------------------------------ cost

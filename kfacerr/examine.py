@@ -30,9 +30,9 @@ from .inverse import (
     continuation_level,
     damped_inverse,
     exact_inverse,
-    lambda_max,
     precondition,
 )
+from .lanczos import lambda_max
 from .lowrank import LowRank, null_level, without_null
 from .metrics import angle_error, inverse_error, norm_error
 from .report import EXACT_UP_TO

@@ -25,11 +25,11 @@ from .array import (
     eps,
     failures,
     namespace,
-    norm,
     to_dtype,
 )
 from .checks import choice, instance, positive
 from .exceptions import InputError
+from .lanczos import lambda_max
 from .lowrank import LowRank
 from .rsvd import evd
 from .stream import Array
@@ -45,7 +45,6 @@ __all__ = [
     "continuation_level",
     "damped_inverse",
     "exact_inverse",
-    "lambda_max",
     "precondition",
     "precondition_linear",
     "representation",
@@ -400,44 +399,6 @@ class Exact(LowRank):
 def representation(state: dict[str, Array]) -> LowRank:
     """What a `state_dict` of a `LowRank`, or of an `Exact`, was taken of."""
     return Exact(**state) if "M" in state else LowRank(**state)
-
-
-def lambda_max(M: Array) -> float:
-    """Largest eigenvalue of a symmetric p.s.d. M (d, d) by Lanczos with full reorthogonalisation.
-
-    Stops at a Ritz residual of 1e3 eps theta (float64; 3e-6 theta in float32). The eigenvalue's error is never
-    more than the residual, also in a cluster; where there is a gap it is the residual's square over the gap.
-
-    Args:
-        M: (d, d).
-
-    Returns:
-        The eigenvalue.
-
-    Raises:
-        InputError: M has NaN or Inf.
-    """
-    xp = namespace(M)
-    d = M.shape[0]
-    start = np.random.default_rng(0).standard_normal(d)
-    V = device_array(start[:, None] / np.linalg.norm(start), M)
-    alphas: list[float] = []
-    betas: list[float] = []
-    tolerance = min(1e3 * eps(M), 1e-2 * eps(M) ** 0.5)
-    for j in range(d):
-        w = M @ V[:, j : j + 1]
-        alphas.append(float((V[:, j : j + 1].T @ w)[0, 0]))
-        for _ in range(2):
-            w = w - V @ (V.T @ w)
-        beta = float(norm(w))
-        if not np.isfinite(beta + alphas[-1]):
-            raise InputError("EA factor: NaN or Inf")
-        theta, S = np.linalg.eigh(np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1))
-        if beta * abs(S[-1, -1]) <= tolerance * abs(theta[-1]) or j == d - 1:
-            break
-        betas.append(beta)
-        V = xp.concat([V, w / beta], axis=1)
-    return float(theta[-1])
 
 
 def precondition(J: Array, inverse_G: Inverse, inverse_A: Inverse) -> Array:

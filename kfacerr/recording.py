@@ -82,7 +82,7 @@ class Recording:
             hint = " (layer names must not contain '/')" if "/" in str(name) else ""
             raise InputError(f"{self.path}: no layer {name!r}; there are {listed(self.layers)}{hint}")
         if name not in self._layers:
-            with _in_one_line(self.path):
+            with in_one_line(self.path, _UNREADABLE):
                 group = member(self._file["layers"], name, f"{self.path}: layer {name!r}")
                 self._layers[name] = LayerRecording(self.path, name, group)
         return self._layers[name]
@@ -236,7 +236,7 @@ def open_file(path: Path, mode: str) -> h5py.File:
 def closed_on_error(file: h5py.File, path: Path) -> Iterator[None]:
     """Closes the file if its inspection fails, and says in one line what h5py says in many."""
     try:
-        with _in_one_line(path):
+        with in_one_line(path, _UNREADABLE):
             yield
     except InputError:
         file.close()
@@ -244,12 +244,13 @@ def closed_on_error(file: h5py.File, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _in_one_line(path: Path) -> Iterator[None]:
+def in_one_line(path: Path, damaged: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Says what a reader raises on bytes that are not what they seem; `damaged` are its errors."""
     try:
         yield
     except InputError:
         raise
-    except _UNREADABLE as error:
+    except damaged as error:
         raise InputError(f"{path}: truncated or damaged: {first_line(error)}") from error
 
 

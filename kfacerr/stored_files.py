@@ -13,8 +13,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +22,7 @@ import numpy as np
 
 from .exceptions import InputError
 from .files import check_claim
-from .recording import FORMAT, first_line, listed
+from .recording import FORMAT, in_one_line, listed
 from .stored import StoredArray, stored, stored_leaves
 
 __all__ = ["read_tree"]
@@ -152,7 +151,7 @@ def _joined(
 def _file(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: {'is a pipe or a device' if path.exists() else 'no such file or folder'}")
-    with _in_one_line(path):
+    with in_one_line(path, _DAMAGED):
         with path.open("rb") as file:
             head = file.read(16)
         for known, reader in _READERS:
@@ -169,21 +168,11 @@ _DAMAGED = (
 """What the readers raise on bytes that are not what they seem."""
 
 
-@contextmanager
-def _in_one_line(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except _DAMAGED as error:
-        raise InputError(f"{path}: cannot be read, truncated or damaged: {first_line(error)}") from error
-
-
 def _later(path: Path, read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
     """`read`, with errors that name the file."""
 
     def reading() -> np.ndarray:
-        with _in_one_line(path):
+        with in_one_line(path, _DAMAGED):
             return read()
 
     return reading
@@ -200,19 +189,17 @@ def _safetensors(path: Path) -> dict[str, StoredArray]:
         with safetensors.safe_open(path, framework=framework) as file:
             return stored(file.get_tensor(name)).read()
 
-    try:
-        with safetensors.safe_open(path, framework=framework) as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {
-                name: StoredArray(
-                    tuple(held.get_shape()),
-                    _SAFETENSORS.get(held.get_dtype(), held.get_dtype()),
-                    _later(path, functools.partial(read, name)),
-                )
-                for name, held in slices.items()
-            }
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path}: truncated or damaged: {first_line(error)}") from error
+    damaged = (safetensors.SafetensorError,)
+    with in_one_line(path, damaged), safetensors.safe_open(path, framework=framework) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {
+            name: StoredArray(
+                tuple(held.get_shape()),
+                _SAFETENSORS.get(held.get_dtype(), held.get_dtype()),
+                _later(path, functools.partial(read, name)),
+            )
+            for name, held in slices.items()
+        }
 
 
 _SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}

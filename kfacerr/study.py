@@ -19,7 +19,8 @@ from .checks import choice, instance, names, switch, whole
 from .damping import Damping, Scale
 from .exceptions import InputError
 from .factor import KFactor
-from .inverse import DampedInverse, DenseInverse, Inverse, check_phi, lambda_max, precondition_linear
+from .inverse import DampedInverse, DenseInverse, Inverse, check_phi, precondition_linear
+from .lanczos import lambda_max
 from .metrics import METRICS, angle_error, inverse_error, norm_error, step_coordinates
 from .process import Process, Settings
 from .stream import Array, Step, Window, Windows, ordered

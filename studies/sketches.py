@@ -79,16 +79,13 @@ class Contestant:
         name: an algorithm's, or one that says how a variant differs.
         make: a process from a seed and a side.
         role: what it is here for.
+        drawn: whether it draws anything.
     """
 
     name: str
     make: Callable[[int, str], Process]
     role: str
-
-    @property
-    def drawn(self) -> bool:
-        """Whether it draws anything."""
-        return self.name.split()[0] in ("R-KFAC", "B-R-KFAC", "W-KFAC", "N-KFAC")
+    drawn: bool
 
     def spent(self, sizes: Sizes) -> Spent:
         """On a layer of these sizes."""
@@ -120,7 +117,9 @@ class _Variant(StreamingNystrom):
 
 
 def _named(name: str, role: str) -> Contestant:
-    return Contestant(name, lambda seed, side: Algorithm.parse(name).process(Settings(seed=seed), side), role)
+    algorithm = Algorithm.parse(name)
+    drawn = algorithm.base in ("R-KFAC", "B-R-KFAC", "W-KFAC", "N-KFAC")
+    return Contestant(name, lambda seed, side: algorithm.process(Settings(seed=seed), side), role, drawn)
 
 
 def _fresh(s: int, part: float, handed_out: bool) -> Contestant:
@@ -131,7 +130,7 @@ def _fresh(s: int, part: float, handed_out: bool) -> Contestant:
         process.part, process.handed_out = part, handed_out
         return process
 
-    return Contestant(name, make, "fresh")
+    return Contestant(name, make, "fresh", drawn=True)
 
 
 def within(kind: str, limit: float, sizes: Sizes) -> int:
@@ -193,13 +192,14 @@ def compare(
     Returns:
         With columns algorithm, draw, continuation, epoch and the four metrics.
     """
-    runs = {
-        f"{one.name}#{draw}": one.make(draw, "A") for one in chosen for draw in range(draws if one.drawn else 1)
-    }
-    by_name = {one.name: one for one in chosen}
-    pairs = {name: (A, by_name[name.split("#")[0]].make(int(name.split("#")[1]), "G")) for name, A in runs.items()}
-    measured = {f"{name} continuation={one}": pair for name, pair in pairs.items() for one in CONTINUATIONS}
-    study = ErrorStudy(measured, Settings(), layer.windows, phi=0.1 if phi is None else phi)
+    runs, pairs = {}, {}
+    for one in chosen:
+        for draw in range(draws if one.drawn else 1):
+            pair = one.make(draw, "A"), one.make(draw, "G")
+            for continuation in CONTINUATIONS:
+                name = f"{one.name}#{draw} continuation={continuation}"
+                runs[name], pairs[name] = (one.name, draw, continuation), pair
+    study = ErrorStudy(pairs, Settings(), layer.windows, phi=0.1 if phi is None else phi)
     every, updates = layer.update_every, set[int]()
 
     def push(step: Step) -> list[Row]:
@@ -211,7 +211,9 @@ def compare(
     steps = replay(layer, push, convert=lambda X: X.astype(dtype), phi=phi, plain=plain, title=dtype)
     frame = table([row for new in steps for row in new])
     frame["update"] = frame.k.isin(updates)
-    return _weighed(frame, {w.epoch: w.length for w in layer.windows})
+    means = _weighed(frame, {w.epoch: w.length for w in layer.windows})
+    parts = pd.DataFrame([runs[name] for name in means.algorithm], columns=["algorithm", "draw", "continuation"])
+    return pd.concat([parts, means.drop(columns="algorithm")], axis=1)
 
 
 def _weighed(frame: pd.DataFrame, lengths: dict[int, int]) -> pd.DataFrame:
@@ -224,9 +226,7 @@ def _weighed(frame: pd.DataFrame, lengths: dict[int, int]) -> pd.DataFrame:
     grouped["weight"] = np.where(grouped["update"], own, total - own)
     grouped["part"] = grouped["mean"] * grouped.weight
     sums = grouped.groupby(keys, sort=False)[["part", "weight"]].sum()
-    means = (sums.part / sums.weight).unstack()[list(METRICS)].reset_index()
-    parts = means.algorithm.str.extract(r"(?P<algorithm>.*)#(?P<draw>\d+) continuation=(?P<continuation>\w+)")
-    return pd.concat([parts.astype({"draw": int}), means.drop(columns="algorithm")], axis=1)
+    return (sums.part / sums.weight).unstack()[list(METRICS)].reset_index()
 
 
 # -------------------------------------------------------------------------------------------------- flat spectra

@@ -449,6 +449,15 @@ def test_algorithm_8_is_used_for_the_layers_with_fewer_columns_than_dimensions()
     assert optimizer._follower.active == {"0"}
 
 
+@pytest.mark.parametrize(("rank", "cheaper"), [(1, False), (20, True)])
+def test_algorithm_8_is_not_used_where_it_takes_more_flops(rank, cheaper):
+    """A convolution's gradient is formed all the same: with one mode a side nothing is left to save."""
+    net = wide_convnet()
+    optimizer = KFAC(net, "R-KFAC", rank=rank)
+    train(net, optimizer, [wide_images(0)])
+    assert optimizer.layers["0"].linear is cheaper
+
+
 @pytest.mark.parametrize("change", ["clip", "clip by value", "penalty", "small penalty"])
 def test_algorithm_8_gives_way_where_the_gradient_is_no_multiple_of_the_columns(change, caplog):
     caplog.set_level(logging.INFO)
