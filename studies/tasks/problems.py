@@ -207,7 +207,7 @@ _TASKS = (
         layer="blocks.0.attention.qkv",
         rank=8,
         batch_size=16,
-        epochs=6,
+        epochs=4,
     ),
     Task(
         name="cifar10",

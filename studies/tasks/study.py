@@ -12,8 +12,8 @@ timing.csv, config.json, environment.json; and from these, see `figures.tasks`, 
 correlations, the curves and the scatter. A study that is stopped, between two trials, goes on with --resume. Times
 are of whole runs, alone and in turns, after the trials: --timing-only does this last part alone.
 
-`--preset search` does the first two on other tasks, by which default settings may be chosen: among candidates given
-with --optimizers, such as "R-KFAC phi_lambda=0.01 momentum=0.9".
+`--preset search` does the first two on other tasks, by which default settings may be chosen: of candidates that
+--optimizers names, such as "R-KFAC phi_lambda=0.01 momentum=0.9".
 """
 
 import argparse

@@ -6,7 +6,7 @@ along half a cosine. After each epoch the losses are those of the whole train an
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -127,12 +127,11 @@ class Run:
         return loss / len(x), correct / y[..., None].shape[:-1].numel() if self.task.classes else math.nan
 
 
-def train(run: Run, on_step: Callable[[], Any] = lambda: None) -> tuple[list[Epoch], str]:
+def train(run: Run) -> tuple[list[Epoch], str]:
     """Trains to the end, or until the run diverges.
 
     Args:
         run: at its beginning.
-        on_step: called after each step.
 
     Returns:
         The epochs, and why the run diverged; "" if it did not. The epoch in which it did is the last.
@@ -142,7 +141,7 @@ def train(run: Run, on_step: Callable[[], Any] = lambda: None) -> tuple[list[Epo
     for number in range(1, run.task.epochs + 1):
         synchronize(run.device)
         started = time.perf_counter()
-        diverged = _epoch(run, on_step)
+        diverged = _epoch(run)
         synchronize(run.device)
         seconds += time.perf_counter() - started
         losses = run.evaluate()
@@ -154,13 +153,12 @@ def train(run: Run, on_step: Callable[[], Any] = lambda: None) -> tuple[list[Epo
     return epochs, ""
 
 
-def _epoch(run: Run, on_step: Callable[[], Any]) -> str:
+def _epoch(run: Run) -> str:
     """Why the run diverged in this epoch, or ""."""
     try:
         for loss in run.epoch():
             if not math.isfinite(loss):
                 return f"the loss is {loss} at iteration {run.k - 1}"
-            on_step()
     except torch.linalg.LinAlgError as error:  # of a decomposition of what is not finite, or soon will not be
         return f"iteration {run.k}: {' '.join(str(error).split())}"
     return ""
