@@ -63,7 +63,7 @@ def test_a_run_that_diverges_ends_with_an_infinite_loss_and_says_where() -> None
 
 
 def test_a_train_set_that_fills_no_batch_is_refused() -> None:
-    with pytest.raises(InputError, match="task tiny: 24 inputs fill no batch of 100"):
+    with pytest.raises(InputError, match="task tiny: 24 inputs do not fill a batch of 100"):
         Run(replace(TASK, batch_size=100), blobs(Source()), CONTESTANTS["SGD"], 0.1, 0, "cpu")
 
 
