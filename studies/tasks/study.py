@@ -49,6 +49,7 @@ from studies.jobs import (
     with_seeds,
 )
 from studies.tasks.contestants import CONTESTANTS, LADDER, find_contestant, grid, missing
+from studies.tasks.errors import measured
 from studies.tasks.problems import SEARCH, TASKS, Source, Task
 from studies.tasks.trials import Epoch, Run, Trial, result
 
@@ -234,6 +235,17 @@ def run_trial(trial: Trial, task: Task, source: Source, device: str, out: Path, 
             return Outcome(str(trial), None, error=str(error))
         save_checkpoint(path, state)
         return Outcome(str(trial), state)
+
+
+def result(trial: Trial, task: Task, source: Source, device: str) -> dict[str, Any]:
+    """The trial's epochs, and in its stage "errors" the mean of each metric; for whatever process it runs in."""
+    run = Run(task, task.data(source), find_contestant(trial.optimizer), trial.lr, trial.seed, device)
+    metrics: dict[str, float] = {}
+    if trial.stage == "errors":
+        (epochs, diverged), metrics = measured(run)
+    else:
+        epochs, diverged = train(run)
+    return {"epochs": [tuple(epoch) for epoch in epochs], "diverged": diverged, "metrics": metrics}
 
 
 def write_tables(out: Path, done: Mapping[Trial, dict[str, Any]]) -> None:

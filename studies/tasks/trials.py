@@ -7,18 +7,18 @@ along half a cosine. After each epoch the losses are those of the whole train an
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kfacerr.exceptions import InputError
 from studies.environment import select_device, synchronize
-from studies.tasks.contestants import Contestant, find_contestant
-from studies.tasks.problems import Data, Source, Task
+from studies.tasks.contestants import Contestant
+from studies.tasks.problems import Data, Task
 from studies.training import Purpose, derived_seed
 
-__all__ = ["STAGES", "Epoch", "Run", "Trial", "result", "train"]
+__all__ = ["STAGES", "Epoch", "Run", "Trial", "train"]
 
 STAGES = ("tune", "final", "errors")
 """What a trial is for: to choose the learning rate, to compare at it, to measure the inverse's errors along it."""
@@ -162,16 +162,3 @@ def _epoch(run: Run) -> str:
     except torch.linalg.LinAlgError as error:  # of a decomposition of what is not finite, or soon will not be
         return f"iteration {run.k}: {' '.join(str(error).split())}"
     return ""
-
-
-def result(trial: Trial, task: Task, source: Source, device: str) -> dict[str, Any]:
-    """The trial's epochs, and in its stage "errors" the mean of each metric; for whatever process it runs in."""
-    from studies.tasks.errors import measured  # the reports, which only this stage needs
-
-    run = Run(task, task.data(source), find_contestant(trial.optimizer), trial.lr, trial.seed, device)
-    metrics: dict[str, float] = {}
-    if trial.stage == "errors":
-        (epochs, diverged), metrics = measured(run)
-    else:
-        epochs, diverged = train(run)
-    return {"epochs": [tuple(epoch) for epoch in epochs], "diverged": diverged, "metrics": metrics}

@@ -10,7 +10,8 @@ from kfacerr.exceptions import InputError
 from studies.tasks.contestants import CONTESTANTS
 from studies.tasks.errors import window
 from studies.tasks.problems import Source
-from studies.tasks.trials import Run, Trial, result, train
+from studies.tasks.study import result
+from studies.tasks.trials import Run, Trial, train
 from tests.studies.tasks.tiny import TASK, blobs
 
 
