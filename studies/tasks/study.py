@@ -51,7 +51,7 @@ from studies.jobs import (
 from studies.tasks.contestants import CONTESTANTS, LADDER, find_contestant, grid, missing
 from studies.tasks.errors import measured
 from studies.tasks.problems import SEARCH, TASKS, Source, Task
-from studies.tasks.trials import Epoch, Run, Trial, result
+from studies.tasks.trials import Epoch, Run, Trial, train
 
 __all__ = ["PRESETS", "TasksPreset", "best", "extended", "main"]
 
