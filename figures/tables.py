@@ -119,6 +119,8 @@ _TEXT = (
     "dtype",
     "role",
     "continuation",
+    "task",
+    "stage",
 )
 
 
