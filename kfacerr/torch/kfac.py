@@ -83,9 +83,8 @@ class KFAC(LayerOptimizer):
         momentum: as in SGD, of the clipped and decayed step.
         linear_application: False for Algorithm 1 in all steps.
         fisher: "empirical" or "sampled"; see `sample_fisher`.
-        loss_scale: see `LayerOptimizer`; for a GradScaler pass `scaler.get_scale`. If it is left at 1, the first
-            update refuses a .grad that is smaller than the columns' by one power of two in all layers, from 2^8
-            on: a scale that nobody declared.
+        loss_scale: see `LayerOptimizer`. If it is left at 1, the first update refuses a .grad that is smaller than
+            the columns' by one power of two in all layers, from 2^8 on: a scale that nobody declared.
         skip_nonfinite: look at every step for NaN and Inf, which makes the host wait for the device. Without it,
             only steps that update factors are looked at; GradScaler looks at them all anyway.
         data_parallel: whether the processes of torch.distributed, if it is initialised, train one model; False if
@@ -197,6 +196,9 @@ class KFAC(LayerOptimizer):
         now = {name: schedule(self.epoch) for name, schedule in scheduled.items()}
         super().add_param_group({**param_group, **now})
         self._group_schedules.append(scheduled)
+
+    def _keeps_momentum(self, i: int) -> bool:
+        return super()._keeps_momentum(i) or "momentum" in self._group_schedules[i]
 
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)

@@ -21,7 +21,7 @@ from ..exceptions import InputError
 from ._direction import Direction, descend
 from ._layer import Layer
 from ._precision import full_precision
-from ._scaling import ScaleCheck, read_scale
+from ._scaling import ScaleCheck, Told, forget_scaler, is_declared, read_scale, read_scaler, unscale
 from .distributed import Team, is_sharded
 from .follower import Capture, Follower, release, shared_parameters, unfollowable
 from .linear import forget
@@ -47,7 +47,8 @@ class LayerOptimizer(torch.optim.Optimizer):
         params: parameters or groups; all of the model's if None.
         defaults: of the parameter groups; "lr", "momentum" and "weight_decay" among them.
         loss_scale: what the loss is multiplied with before `backward()`, while .grad is unscaled before `step()`;
-            or a function that gives it, as `scaler.get_scale`.
+            or a function that gives it. A GradScaler says its scale itself, unless `scaler.unscale_(optimizer)`
+            comes before its step, as for clipping: then pass `scaler.get_scale`.
         skip_nonfinite: look at every step for NaN and Inf, and not only where something is updated.
         data_parallel: whether the processes of torch.distributed, if it is initialised, train one model.
         left_out: names of layers that are not to be preconditioned.
@@ -119,8 +120,16 @@ class LayerOptimizer(torch.optim.Optimizer):
         """What takes a state of `_own_state`'s; refuses another before anything has changed."""
 
     def _own_state(self) -> dict[str, Any]:
-        """What there is beside the state of any optimizer: live arrays and plain values."""
-        return {"k": self.k, "layers": {name: layer.state_dict() for name, layer in self.layers.items()}}
+        """What there is beside the state of any optimizer: live arrays and plain values.
+
+        The layers' is a tuple of pairs, which `torch.distributed.checkpoint` loads as one value. Of dicts it loads
+        the keys that a new optimizer's state has, and there are no factors yet.
+        """
+        return {"k": self.k, "layers": tuple((name, layer.state_dict()) for name, layer in self.layers.items())}
+
+    def _keeps_momentum(self, i: int) -> bool:
+        """Whether parameters of group i have, or will have, a buffer of their momentum."""
+        return bool(self.param_groups[i]["momentum"])
 
     def _unfollowable(self, module: nn.Module) -> str | None:
         """Why a module's kind cannot be preconditioned, or None if it can."""
@@ -147,11 +156,6 @@ class LayerOptimizer(torch.optim.Optimizer):
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
-            if is_sharded(p):
-                raise InputError(
-                    f"{type(self).__name__} needs whole parameters, and these are sharded (fully_shard): use "
-                    "DistributedDataParallel"
-                )
             self._mine.add(p)
             self.state[p]  # torch.distributed.checkpoint takes a parameter without an entry for a missing one
         if hasattr(self, "_follower"):
@@ -169,6 +173,7 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     def _follow(self) -> None:
         """Follows the layers that can be preconditioned and are not yet; tells the log about the rest."""
+        _refuse_sharded(self.model.named_modules())
         shared = shared_parameters(self.model)
         plain: dict[int, list[str]] = {logging.WARNING: [], logging.INFO: []}
         for name, module in self.model.named_modules():
@@ -245,10 +250,23 @@ class LayerOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._take_step()
+        except BaseException:
+            forget_scaler(self)
+            raise
+        return loss
+
+    def _take_step(self) -> None:
         self._check()
         captures = self._follower.take()
-        self._read_scale()
         try:
+            told = read_scaler(self, self.k)
+            if told is not None:
+                if told.overflow:
+                    return  # a GradScaler takes no step then, and says nothing
+                unscale(self._parameters(), told.scale)
+            self._read_scale(told)
             with full_precision(self._home.type) as self._rounding:
                 taken = self._advance(captures, Team(self.data_parallel))
         finally:
@@ -259,7 +277,6 @@ class LayerOptimizer(torch.optim.Optimizer):
         else:
             self._say_skipped()
         self._switch()
-        return loss
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return (p for group in self.param_groups for p in group["params"])
@@ -275,9 +292,14 @@ class LayerOptimizer(torch.optim.Optimizer):
         up = torch.ones((), dtype=torch.bool, device=home)
         return torch.stack([up, *(flag.to(home) for flag in flags)]).all()
 
-    def _read_scale(self) -> float:
-        """The loss scale, which the layers are told."""
-        scale = read_scale(self.loss_scale)
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves .grad scaled for us, and says its scale: unless `loss_scale` says it."""
+        return not is_declared(self.loss_scale)
+
+    def _read_scale(self, told: Told | None = None) -> float:
+        """The loss scale of the columns, which the layers are told."""
+        scale = read_scale(self.loss_scale) if told is None else told.scale
         for layer in self.layers.values():
             layer.loss_scale = scale
         return scale
@@ -293,15 +315,12 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     def _check(self) -> None:
         """Refuses a step that cannot be taken; says which layers were changed behind the optimizer's back."""
+        _refuse_sharded((name, layer.module) for name, layer in self.layers.items())
         for name, layer in self.layers.items():
             if layer.is_optimized:
                 continue
-            weight = layer.module._parameters.get("weight")
-            if weight is not None and is_sharded(weight):
-                raise InputError(
-                    f"layer {name!r}: its parameters were sharded (fully_shard): use DistributedDataParallel"
-                )
-            why = "is computed from other parameters" if weight is None else "is not the one that is optimized"
+            lost = layer.module._parameters.get("weight") is None
+            why = "is computed from other parameters" if lost else "is not the one that is optimized"
             self._say(f"lost {name}", f"layer {name!r}: its weight {why} now; it is no longer preconditioned")
 
     def _discard(self) -> None:
@@ -343,7 +362,14 @@ class LayerOptimizer(torch.optim.Optimizer):
 
 def _write_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     assert isinstance(optimizer, LayerOptimizer)
-    state_dict["param_groups"][0][optimizer._key] = optimizer._own_state()
+    first, *_ = groups = state_dict["param_groups"]
+    first[optimizer._key] = optimizer._own_state()
+    # A buffer that is not there yet is one of zeros: `torch.distributed.checkpoint` loads what a new state has.
+    state = state_dict["state"]
+    for i, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        for index, p in zip(group["params"], own["params"], strict=True):
+            if p.requires_grad and "momentum_buffer" not in state[index] and optimizer._keeps_momentum(i):
+                state[index] = {**state[index], "momentum_buffer": torch.zeros_like(p)}
 
 
 def _read_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -356,7 +382,7 @@ def _read_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
         raise InputError(f"the state is not of a {name} optimizer: it has no {optimizer._key!r} entry")
     try:
         whole(own["k"], "the state's k")
-        optimizer._take_state = optimizer._prepared(own)
+        optimizer._take_state = optimizer._prepared({**own, "layers": dict(own["layers"])})
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -371,6 +397,16 @@ def _take_state(optimizer: torch.optim.Optimizer) -> None:
     del optimizer._take_state
     optimizer._discard()
     optimizer._switch()
+
+
+def _refuse_sharded(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    for name, module in modules:
+        if is_sharded(module):
+            where = f"layer {name!r}" if name else "the model"
+            raise InputError(
+                f"{where}: its parameters are sharded (FSDP), and K-FAC and SENG need them whole: use "
+                "DistributedDataParallel"
+            )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
