@@ -25,6 +25,7 @@ __all__ = [
     "Told",
     "forget_scaler",
     "is_declared",
+    "overflowed",
     "probe",
     "read_scale",
     "read_scaler",
@@ -78,6 +79,11 @@ def read_scaler(optimizer: torch.optim.Optimizer, k: int) -> Told | None:
         )
     scale, overflow = torch.stack([scale.double(), torch.as_tensor(overflow).to(scale.device).double()]).tolist()
     return Told(scale if overflow else positive(scale, "the GradScaler's scale"), bool(overflow))
+
+
+def overflowed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a GradScaler called a step that is not to be taken, as it does where the optimizer unscales."""
+    return bool(vars(optimizer).get("found_inf", False))
 
 
 def forget_scaler(optimizer: torch.optim.Optimizer) -> None:

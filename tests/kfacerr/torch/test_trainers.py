@@ -125,6 +125,13 @@ def test_lightning_in_16_bit_mixed_precision(case, clip):
             fit(lightning_module(case, torch.float32), data, plugins=[amp("16-mixed", "cpu", scaler)], **options)
 
 
+def test_lightning_in_bfloat16_mixed_precision(case):
+    module = lightning_module(case, torch.float32)
+    fit(module, parts(batches(case, torch.float32)), accumulate_grad_batches=PARTS, precision="bf16-mixed")
+    start = parameters(case.make(torch.float32))
+    assert relative(parameters(module) - start, plain(case, dtype=torch.float32) - start) <= 0.1
+
+
 @pytest.mark.parametrize("name", ["KFAC", "factored"])
 def test_lightning_trains_with_two_processes(name):
     case = CASES[name]
