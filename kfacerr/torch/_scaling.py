@@ -22,14 +22,12 @@ from .linear import formed
 __all__ = [
     "ScaleCheck",
     "ScaleProbe",
-    "Told",
     "forget_scaler",
     "is_declared",
     "overflowed",
     "probe",
     "read_scale",
-    "read_scaler",
-    "unscale",
+    "scale_of_step",
 ]
 
 _LEAST = 2**8  # a GradScaler starts from 2^16
@@ -45,40 +43,45 @@ def is_declared(loss_scale: float | Callable[[], float]) -> bool:
     return callable(loss_scale) or loss_scale != 1.0
 
 
-class Told(NamedTuple):
-    """What a GradScaler says where the optimizer unscales .grad: its scale, and whether a gradient overflowed."""
-
-    scale: float
-    overflow: bool
-
-
-_TOLD = "grad_scale", "found_inf"
-"""Attributes that `GradScaler.step` sets on an optimizer with `_step_supports_amp_scaling`."""
-
-
-def read_scaler(optimizer: torch.optim.Optimizer, k: int) -> Told | None:
-    """What the GradScaler says that takes this step; waits for the device.
+def scale_of_step(
+    optimizer: torch.optim.Optimizer, loss_scale: float | Callable[[], float], k: int
+) -> float | None:
+    """The scale of the columns, after which .grad has none; what a GradScaler says waits for the device.
 
     Args:
-        optimizer: whose `step` is running.
+        optimizer: whose step is running.
+        loss_scale: what counts if no GradScaler says anything.
         k: the step.
 
     Returns:
-        None if none does, or none that says anything.
+        The scale; None if a gradient has overflowed and the step is not to be taken.
 
     Raises:
-        InputError: .grad was unscaled before, so that it does not say by what.
+        InputError: .grad was unscaled before, so that nothing says by what, or is float16 and would underflow.
     """
-    scale, overflow = (vars(optimizer).get(name) for name in _TOLD)
+    given, overflow = (vars(optimizer).get(name) for name in _TOLD)
     if overflow is None:
-        return None
-    if scale is None:
+        return read_scale(loss_scale)
+    if given is None:
         raise InputError(
             f"step {k}: scaler.unscale_() came before scaler.step(), as for clipping, and then nothing says the "
             "scale of the columns: pass loss_scale=scaler.get_scale"
         )
-    scale, overflow = torch.stack([scale.double(), torch.as_tensor(overflow).to(scale.device).double()]).tolist()
-    return Told(scale if overflow else positive(scale, "the GradScaler's scale"), bool(overflow))
+    scale, overflow = torch.stack([given.double(), torch.as_tensor(overflow).to(given.device).double()]).tolist()
+    if overflow:
+        return None
+    positive(scale, "the GradScaler's scale")
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if (g := formed(p)) is not None:
+                if g.dtype == torch.float16:
+                    raise InputError("a GradScaler needs float32 parameters and autocast, and these are float16")
+                (g._values() if g.is_sparse else g).mul_(1 / scale)
+    return float(scale)
+
+
+_TOLD = "grad_scale", "found_inf"
+"""Attributes that `GradScaler.step` sets on an optimizer with `_step_supports_amp_scaling`."""
 
 
 def overflowed(optimizer: torch.optim.Optimizer) -> bool:
@@ -90,23 +93,6 @@ def forget_scaler(optimizer: torch.optim.Optimizer) -> None:
     """After an error, where `GradScaler.step` would leave them for the next step."""
     for name in _TOLD:
         vars(optimizer).pop(name, None)
-
-
-def unscale(parameters: Iterable[Tensor], scale: float) -> None:
-    """Divides what is formed of the gradients, in place, as `GradScaler.unscale_` does.
-
-    Args:
-        parameters: of the optimizer.
-        scale: of the loss.
-
-    Raises:
-        InputError: a gradient is float16: it would underflow.
-    """
-    for p in parameters:
-        if (g := formed(p)) is not None:
-            if g.dtype == torch.float16:
-                raise InputError("a GradScaler needs float32 parameters and autocast, and these are float16")
-            (g._values() if g.is_sparse else g).mul_(1 / scale)
 
 
 class ScaleProbe(NamedTuple):

@@ -24,6 +24,7 @@ from ..inverse import CONTINUATIONS
 from ._kfac_layer import KFACLayer
 from ._kfac_step import KFACStep
 from ._likelihoods import LIKELIHOODS
+from ._scaling import read_scale
 from .columns import is_linear
 from .distributed import Team
 from .follower import Capture, shared_parameters, unfollowable
@@ -272,7 +273,8 @@ class KFAC(LayerOptimizer):
         seeds = np.random.SeedSequence([self.hyper.settings.seed, self.k, self._samples, *own])
         generator = torch.Generator(output.device).manual_seed(int(seeds.generate_state(1)[0]))
         self._samples += 1
-        scale = self._read_scale()  # keeps a half-precision backward in range
+        scale = read_scale(self.loss_scale)  # keeps a half-precision backward in range
+        self._tell_scale(scale)
         with torch.autocast(output.device.type, enabled=False):
             loss = likelihood(output if output.dtype == torch.float64 else output.float(), generator)
         self._follower.forget()

@@ -21,7 +21,7 @@ from ..exceptions import InputError
 from ._direction import Direction, descend
 from ._layer import Layer
 from ._precision import full_precision
-from ._scaling import ScaleCheck, Told, forget_scaler, is_declared, read_scale, read_scaler, unscale
+from ._scaling import ScaleCheck, forget_scaler, is_declared, read_scale, scale_of_step
 from .distributed import Team, is_sharded
 from .follower import Capture, Follower, release, shared_parameters, unfollowable
 from .linear import forget
@@ -120,11 +120,7 @@ class LayerOptimizer(torch.optim.Optimizer):
         """What takes a state of `_own_state`'s; refuses another before anything has changed."""
 
     def _own_state(self) -> dict[str, Any]:
-        """What there is beside the state of any optimizer: live arrays and plain values.
-
-        The layers' is a tuple of pairs, which `torch.distributed.checkpoint` loads as one value. Of dicts it loads
-        the keys that a new optimizer's state has, and there are no factors yet.
-        """
+        """What there is beside the state of any optimizer: live arrays and plain values."""
         return {"k": self.k, "layers": tuple((name, layer.state_dict()) for name, layer in self.layers.items())}
 
     def _keeps_momentum(self, i: int) -> bool:
@@ -138,12 +134,7 @@ class LayerOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Refuses settings of a parameter group that are out of range."""
         for name in ("lr", "momentum", "weight_decay"):
-            if not is_number(group[name]):
-                raise InputError(f"{name} must be a number, got {group[name]!r}")
-            if not group[name] >= 0:
-                raise InputError(f"{name} must not be negative, got {group[name]}")
-            if group[name] == math.inf:
-                raise InputError(f"{name} must be finite, got {group[name]}")
+            _check_setting(name, group[name])
 
     def _undirected(self, grad: Tensor, group: Mapping[str, Any]) -> Tensor:
         """The direction of a parameter that no layer gave one to."""
@@ -229,8 +220,7 @@ class LayerOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As for any optimizer; drops the columns of the gradients it clears."""
         self._discard()
-        for group in self.param_groups:
-            forget(group["params"])  # before they are read, which would form them
+        forget(self._parameters())  # before they are read, which would form them
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -261,12 +251,10 @@ class LayerOptimizer(torch.optim.Optimizer):
         self._check()
         captures = self._follower.take()
         try:
-            told = read_scaler(self, self.k)
-            if told is not None:
-                if told.overflow:
-                    return  # a GradScaler takes no step then, and says nothing
-                unscale(self._parameters(), told.scale)
-            self._read_scale(told)
+            scale = scale_of_step(self, self.loss_scale, self.k)
+            if scale is None:
+                return  # a GradScaler takes no step then, and says nothing
+            self._tell_scale(scale)
             with full_precision(self._home.type) as self._rounding:
                 taken = self._advance(captures, Team(self.data_parallel))
         finally:
@@ -275,7 +263,7 @@ class LayerOptimizer(torch.optim.Optimizer):
         if taken:
             self.k += 1
         else:
-            self._say_skipped()
+            _say_skipped(self)
         self._switch()
 
     def _parameters(self) -> Iterator[nn.Parameter]:
@@ -297,21 +285,9 @@ class LayerOptimizer(torch.optim.Optimizer):
         """Whether a GradScaler leaves .grad scaled for us, and says its scale: unless `loss_scale` says it."""
         return not is_declared(self.loss_scale)
 
-    def _read_scale(self, told: Told | None = None) -> float:
-        """The loss scale of the columns, which the layers are told."""
-        scale = read_scale(self.loss_scale) if told is None else told.scale
+    def _tell_scale(self, scale: float) -> None:
         for layer in self.layers.values():
             layer.loss_scale = scale
-        return scale
-
-    def _say_skipped(self) -> None:
-        """To the log, at the 1st, 2nd, 4th, 8th, ... time."""
-        self._skipped += 1
-        if self._skipped & (self._skipped - 1):
-            return
-        so_far = f" ({self._skipped} so far)" if self._skipped > 1 else ""
-        what = "NaN or Inf in the gradients or columns, the step is skipped"
-        logger.warning("%s, step %d: %s%s", type(self).__name__, self.k, what, so_far)
 
     def _check(self) -> None:
         """Refuses a step that cannot be taken; says which layers were changed behind the optimizer's back."""
@@ -364,7 +340,8 @@ def _write_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
     assert isinstance(optimizer, LayerOptimizer)
     first, *_ = groups = state_dict["param_groups"]
     first[optimizer._key] = optimizer._own_state()
-    # A buffer that is not there yet is one of zeros: `torch.distributed.checkpoint` loads what a new state has.
+    # `torch.distributed.checkpoint` loads what a new optimizer has. That has no factors yet: the tuple
+    # of the layers is loaded as one value, where dicts are key by key. It has no momentum yet: zeros stand for it.
     state = state_dict["state"]
     for i, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         for index, p in zip(group["params"], own["params"], strict=True):
@@ -397,6 +374,25 @@ def _take_state(optimizer: torch.optim.Optimizer) -> None:
     del optimizer._take_state
     optimizer._discard()
     optimizer._switch()
+
+
+def _check_setting(name: str, value: Any) -> None:
+    if not is_number(value):
+        raise InputError(f"{name} must be a number, got {value!r}")
+    if not value >= 0:
+        raise InputError(f"{name} must not be negative, got {value}")
+    if value == math.inf:
+        raise InputError(f"{name} must be finite, got {value}")
+
+
+def _say_skipped(optimizer: LayerOptimizer) -> None:
+    """To the log, at the 1st, 2nd, 4th, 8th, ... time."""
+    optimizer._skipped = times = optimizer._skipped + 1
+    if times & (times - 1):
+        return
+    so_far = f" ({times} so far)" if times > 1 else ""
+    what = "NaN or Inf in the gradients or columns, the step is skipped"
+    logger.warning("%s, step %d: %s%s", type(optimizer).__name__, optimizer.k, what, so_far)
 
 
 def _refuse_sharded(modules: Iterable[tuple[str, nn.Module]]) -> None:
