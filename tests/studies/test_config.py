@@ -10,12 +10,8 @@ import pytest
 from kfacerr.algorithms import SEVEN
 from kfacerr.exceptions import InputError
 from studies.config import (
-    OPTIMIZER_PRESETS,
     PAPER_STEPS,
-    PRESETS,
     TABLE_1,
-    OptimizerPreset,
-    Preset,
     Schedules,
     TrainingConfig,
     cosine_learning_rate,
@@ -24,6 +20,7 @@ from studies.config import (
     table_2,
     update_period,
 )
+from studies.presets import OPTIMIZER_PRESETS, PRESETS, OptimizerPreset, Preset
 
 PAPER = Schedules()
 
