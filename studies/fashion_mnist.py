@@ -74,7 +74,7 @@ def _find_folder(root: Path | None) -> Path:
 def _unpacked(file: Path) -> bytes:
     """What is packed in a file: no more than 60,000 images, whatever it says of itself."""
     most = 16 + RECORDS * math.prod(SHAPE)
-    packed = read_file(file, most, "a file of Fashion-MNIST")
+    packed = read_file(file, 2 * most, "a file of Fashion-MNIST")
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
             content = stream.read(most + 1)
