@@ -192,6 +192,34 @@ def test_float32_stays_near_float64_over_a_thousand_updates(fast_xp, kinds):
             assert np.linalg.norm(one - other) <= 1e-4 * np.linalg.norm(other)
 
 
+def test_nothing_is_decomposed_before_an_inverse_is_asked_for_but_at_a_rebasing(fast_xp, monkeypatch):
+    """F^T F and its EVD are taken once an estimate is read, and not again before the next update."""
+    calls = []
+    monkeypatch.setattr(streaming, "nystrom_of", lambda Y, C: calls.append(1) or nystrom_of(Y, C))
+    process = StreamingNystrom(rank=3, rho=0.9)
+    factor, counts = KFactor("A", {"it": process}, 0.9), []
+    for k, X in enumerate(stream(np.random.default_rng(6), d=30, n=4, steps=7, decay="slow decay")):
+        factor.push(k, fast_xp.array(X))
+        if k == 2:
+            for continuation in ("none", "min", "trace"):
+                factor.inverse("it", phi=0.1, continuation=continuation)
+            assert process.certificate is not None
+        counts.append(len(calls))
+    assert counts == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_it_follows_a_decay_that_changes(fast_xp):
+    process, rho, M = StreamingNystrom(rank=2, rho=0.9, s=6), 0.9, None
+    for k, X in enumerate(stream(np.random.default_rng(5), d=12, n=2, steps=20, decay="slow decay")):
+        if k in (4, 13):
+            process.configure(rho=(rho := rho / 2))
+        process.update(k, fast_xp.array(X), None)
+        M = X @ X.T if M is None else rho * M + (1 - rho) * X @ X.T
+        E = M - dense(process, fast_xp)
+        assert float(process.estimate.trace) == pytest.approx(np.trace(M), rel=1e-12)
+        assert np.linalg.eigvalsh(E)[0] >= -1e-12 * np.trace(M)
+
+
 def test_no_dense_factor_is_kept():
     factor = KFactor("A", {"N-KFAC": Algorithm.parse("N-KFAC").process(Settings(rank=3), "A")}, 0.95)
     factor.push(0, np.ones((3000, 2)))
