@@ -192,6 +192,27 @@ def test_float32_stays_near_float64_over_a_thousand_updates(fast_xp, kinds):
             assert np.linalg.norm(one - other) <= 1e-4 * np.linalg.norm(other)
 
 
+def test_a_single_column_is_handed_out(fast_xp):
+    """It was fresh, and so left out of the estimate, which had no mode."""
+    columns = stream(np.random.default_rng(6), d=12, n=2, steps=8, decay="fast decay")
+    for M, process in follow(StreamingNystrom(rank=4, rho=0.9, s=1), columns, 0.9, fast_xp):
+        assert process.estimate.lowrank.m == process.cost(12, 2).rank == 1
+    assert float(process.estimate.lowrank.lambda_max) > 0.5 * np.linalg.norm(M, 2)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_updates_without_columns_are_those_of_the_factor(fast_xp, first):
+    """X X^T = 0: M_k = rho M_{k-1}, also where there is no M yet."""
+    process, M = StreamingNystrom(rank=2, rho=0.9), np.zeros((8, 8))
+    factor = KFactor("A", {"it": process}, 0.9, dense=True)
+    for k, n in enumerate((first, 3, 0, 0, 2, 0, 0)):
+        X = np.random.default_rng(k).standard_normal((8, n))
+        factor.push(k, fast_xp.array(X))
+        M = fast_xp.numpy(factor.average.M)
+        assert float(process.estimate.trace) == pytest.approx(np.trace(M), rel=1e-13)
+        assert np.linalg.eigvalsh(M - dense(process, fast_xp))[0] >= -1e-12 * np.trace(M)
+
+
 def test_nothing_is_decomposed_before_an_inverse_is_asked_for_but_at_a_rebasing(fast_xp, monkeypatch):
     """F^T F and its EVD are taken once an estimate is read, and not again before the next update."""
     calls = []
