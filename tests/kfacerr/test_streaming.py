@@ -93,6 +93,30 @@ def test_the_expected_error_is_within_its_bound():
         assert np.mean(lost) >= w[s:].sum(), "no rank-s approximation is better than the tail"
 
 
+def test_the_bound_on_the_expected_error_is_nearly_attained():
+    """By three large eigenvalues over a flat tail, of which the other columns see little."""
+    d, s, r = 300, 10, 3
+    w = np.concatenate([np.full(r, 1e6), np.ones(d - r)])
+    rng = np.random.default_rng(0)
+    lost = [w.sum() - np.trace(pinv_nystrom(np.diag(w), rng.standard_normal((d, s)))) for _ in range(100)]
+    assert 0.93 <= np.mean(lost) / ((1 + r / (s - r - 1)) * (d - r)) <= 1
+
+
+@given(columns=streams(kinds=("plain", "zero", "repeated")), rho=rhos, phi=st.sampled_from([1e-3, 0.1, 10.0]))
+def test_andos_bound_holds_for_the_inverse(xp, columns, rho, phi):
+    """0 <= M~ <= M gives ||(M~ + lam I)^-1 - (M + lam I)^-1|| <= f(||E||), of the certificate alone."""
+    for M, process in follow(StreamingNystrom(rank=2, rho=rho), columns, rho, xp):
+        size = np.linalg.norm(M, 2)
+        if size == 0:
+            continue
+        lam, identity = phi * float(size), np.eye(len(M))
+        error = np.linalg.inv(dense(process, xp) + lam * identity) - np.linalg.inv(M + lam * identity)
+        bound = process.certificate.inverse_bound(0 * process.estimate.trace + lam)
+        slack = 64 * len(M) * EPS / phi / lam
+        assert np.linalg.norm(error, 2) <= float(bound.spectral) + slack
+        assert np.linalg.norm(error) <= float(bound.frobenius) + slack
+
+
 def test_a_rebasing_loses_nothing_at_once_and_helps_later(fast_xp):
     columns = stream(np.random.default_rng(6), d=40, n=4, steps=80, decay="slow decay")
     errors = {}
