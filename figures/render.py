@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from figures.tables import (
+    not_used_in,
     note,
     read_errors,
     read_table,
@@ -56,7 +57,9 @@ def render(run: Path) -> None:
     table = table_1(errors, timing)
     label, _ = by_window(errors)[-1]
     write_text(run / "table1.csv", table.to_csv(index=False, float_format="%.4g"))
-    write_text(run / "table1.md", table_1_markdown(table, label, study_config(run).get("data", ""), seeds))
+    notes = not_used_in(run, errors, spectra)
+    data = study_config(run).get("data", "")
+    write_text(run / "table1.md", table_1_markdown(table, label, data, seeds, notes))
 
 
 def _is_there(run: Path, name: str) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .algorithms import SEVEN, Algorithm
+from .algorithms import SEVEN, Algorithm, not_used
 from .array import to_numpy
 from .checks import choice, names
 from .exceptions import InputError
@@ -192,11 +192,7 @@ class Measurement:
 
     def _notes(self, factors: Mapping[str, FactorFacts], missed: Sequence[Window]) -> Iterable[str]:
         """Where an algorithm saves nothing, and windows that were not reached."""
-        for measured in self.study.measured:
-            algorithm = Algorithm.parse(measured.name)
-            for side, f in factors.items():
-                if why := algorithm.no_room(self.settings, f.d, self._n):
-                    yield f"{measured.name}: {why} for {side}, where it saves nothing; KFAC uses R-KFAC there"
+        yield from not_used(self.study.names, self.settings, {s: f.d for s, f in factors.items()}, self._n)
         if missed:
             others = f", nor were {len(missed) - 1} others" if len(missed) > 1 else ""
             yield f"the window of {missed[0].length} iterations from {missed[0].start} was not reached{others}"
