@@ -246,7 +246,7 @@ def table_1(errors: pd.DataFrame, timing: pd.DataFrame | None = None) -> pd.Data
 
 
 def table_1_markdown(table: pd.DataFrame, label: str, data: str, seeds: int, notes: Sequence[str] = ()) -> str:
-    """Table 1 within 100 columns: two lines an algorithm, ours above the paper's, errors in percent; notes below."""
+    """Table 1 within 100 columns: two lines an algorithm, ours above the paper's, in percent; notes below."""
     rows = []
     for row in table.to_dict("records"):
         ours, paper = {"algorithm": row["algorithm"]}, {"algorithm": "- paper"}

@@ -286,8 +286,9 @@ class Report:
         return "\n".join(parts)
 
     def _cost(self) -> str:
-        spent = {**self.seconds, "measuring": sum(layer.seconds for layer in self.layers)}
-        return "time: " + ", ".join(f"{name} {value:.1f} s" for name, value in spent.items())
+        spent = [f"{name} {value:.1f} s" for name, value in self.seconds.items()]
+        measuring = f"measuring {sum(layer.seconds for layer in self.layers):.1f} s"
+        return "time: " + (f"{', '.join(spent)}, of that {measuring}" if spent else measuring)
 
     def __str__(self) -> str:
         return self.summary()
@@ -337,7 +338,7 @@ class Report:
     def _page(self, *, whole: bool) -> str:
         layers = [
             {
-                "name": layer.name,
+                "name": f"Layer {layer.name}",
                 "about": _about(layer),
                 "notes": layer.notes,
                 "errors": self.errors(layer.name).reset_index().to_html(index=False, border=0, escape=True),

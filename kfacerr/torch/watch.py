@@ -62,10 +62,10 @@ def watch(
     """Measures algorithms on layers of a model, within a `with` block that trains it.
 
     By default errors are measured at the updates of windows that grow rarer: of five updates each, which is one
-    period of the heavier ones, from iteration 10, 100, 1000, ... times `every`. Before a window the last 45 updates
-    are followed (with rho = 0.95: after them what is older weighs a tenth, as it would), and nothing else is
-    looked at. So a short run has something to show, and a long one spends ever less on it. Windows that are given
-    are measured at every iteration, and all updates before them are followed.
+    period of the heavier ones, from iteration 10, 100, 1000, ... times `every`. Before a window the last updates
+    are followed, 45 with rho = 0.95 (what is older weighs a tenth then, as it would), and nothing else is looked
+    at. So a short run has something to show, and a long one spends ever less on it. Windows that are given are
+    measured at every iteration, and all updates before them are followed.
 
     Everything is computed where the columns are: in float64 on a CPU, in float32 on a GPU. The report says what it
     cost, the tutorial what it costs in general; fewer `algorithms` or layers, or a larger `every`, make it less.

@@ -8,6 +8,7 @@ images. CPU time of one thread counts work, and hardly what else the machine doe
 
 import argparse
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +22,10 @@ from kfacerr.torch import watch
 
 __all__ = ["main", "overhead"]
 
-SIZES = {"64-128-96-10, batch 32": ((64, 128, 96, 10), 32), "784-1024-512-10, batch 128": ((784, 1024, 512, 10), 128)}
+SIZES = {
+    "64-128-96-10, batch 32": ((64, 128, 96, 10), 32),
+    "784-1024-512-10, batch 128": ((784, 1024, 512, 10), 128),
+}
 
 
 def overhead(widths: Sequence[int], batch: int, steps: int) -> tuple[float, float]:
@@ -33,7 +37,7 @@ def overhead(widths: Sequence[int], batch: int, steps: int) -> tuple[float, floa
 def _trained(widths: Sequence[int], batch: int, steps: int, watching: bool) -> float:
     """Seconds of CPU time."""
     torch.manual_seed(0)
-    layers = [(nn.Linear(a, b), nn.ReLU()) for a, b in zip(widths, widths[1:], strict=False)]
+    layers = [(nn.Linear(a, b), nn.ReLU()) for a, b in itertools.pairwise(widths)]
     model = nn.Sequential(*[module for pair in layers for module in pair][:-1])
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     images, labels = torch.rand(2048, widths[0]), torch.randint(widths[-1], (2048,))
@@ -50,7 +54,9 @@ def _trained(widths: Sequence[int], batch: int, steps: int, watching: bool) -> f
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line a model; returns the exit status: 0, or 2 after bad input."""
     parser = Parser(prog="python -m studies.bench.watch", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1100, help="of a training (default: until window 2 has ended)")
+    parser.add_argument(
+        "--steps", type=int, default=1100, help="of a training (default: until window 2 has ended)"
+    )
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns, of which the median is printed")
     return run("watch", parser, _run, argv)
 

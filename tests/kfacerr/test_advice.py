@@ -1,5 +1,7 @@
 """Advice: costs that are those of the sizes, errors that are those of a replay, and a frontier that is one."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -98,6 +100,16 @@ def test_the_last_lines_name_the_choice_and_the_policy(advice):
     assert choice.startswith(f"choice: {advice.choice} (") and "within the budget" in choice
     assert policy == f"KFAC(model, T_updt=5, policy={{'fc': {advice.choice!r}}})"
     assert eval(policy.removeprefix("KFAC(model, T_updt=5, policy=").removesuffix(")")) == advice.policy
+
+
+def test_it_shows_itself_in_a_notebook_and_as_a_page_of_its_own(advice, tmp_path):
+    shown = advice._repr_html_()
+    assert "<html" not in shown and f"choice: {advice.choice}" in shown and "policy={" in shown
+    assert all(name in shown for name in advice.table[advice.table.on_frontier].algorithm)
+    assert shown.count("data:image/svg+xml") == 2, "a figure, light and dark"
+    advice.to_html(tmp_path / "advice.html")
+    whole = (tmp_path / "advice.html").read_text()
+    assert whole.startswith("<!doctype html>") and not re.search(r"(src|href)=.https?:", whole)
 
 
 def test_csv_and_figure(advice, tmp_path):
