@@ -108,8 +108,8 @@ def variants_figure(errors: pd.DataFrame, settings: Settings, title: str) -> Fig
             points = [(averages[name, metric], i) for i, name in enumerate(named) if (name, metric) in averages]
             if points:
                 x, y = zip(*points, strict=True)
-                label = f"{kind} (the paper's)" if kind == "min" else kind
-                ax.scatter(x, y, label=label, zorder=2, **look)
+                said = f"{kind} (the paper's)" if kind == "min" else kind
+                ax.scatter(x, y, label=said, zorder=2, **look)
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
         ax.xaxis.set_major_formatter("{x:g}")

@@ -84,7 +84,8 @@ class Budget:
         Raises:
             InputError: neither, or not positive.
         """
-        instance(text, "a budget", str)
+        if not isinstance(text, str):
+            raise InputError(f"a budget is a text, '20' (ms) or '1.5x' (of SGD's cost of the layer), got {text!r}")
         given = text.strip().lower()
         relative = given.endswith("x")
         try:

@@ -233,16 +233,19 @@ class Report:
 
     # --------------------------------------------------------------------------------------------- tables
 
-    def errors(self, layer: str) -> "pd.DataFrame":
+    def errors(self, layer: str | None = None) -> "pd.DataFrame":
         """A row an algorithm: each metric's mean (smallest to largest), the largest certified bound on (1), (2).
 
         Args:
-            layer: its name.
+            layer: its name; the first by default.
 
         Returns:
             By algorithm; cells are text.
+
+        Raises:
+            InputError: the report has no such layer.
         """
-        part = self.table[self.table.layer == layer]
+        part = self.table[self.table.layer == self._find(layer).name]
         order = list(dict.fromkeys(part.algorithm))
         grouped = part.groupby(["algorithm", "metric"]).value
         mean, low, high = (getattr(grouped, what)().unstack() for what in ("mean", "min", "max"))
