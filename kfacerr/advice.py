@@ -372,6 +372,9 @@ def advise_recording(
     """
     from tqdm import tqdm
 
+    from .recording import LayerRecording
+
+    instance(layer, "the layer", LayerRecording)
     choice(dtype, "dtype", ("float64", "float32"))
     instance(DEFAULT_BUDGET if budget is None else budget, "budget", Budget)
     sizes = Layer(layer.d_A, layer.d_G, layer.n, layer.update_every)

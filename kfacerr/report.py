@@ -15,7 +15,7 @@ import numpy as np
 
 from .algorithms import SEVEN, Algorithm, not_used
 from .array import to_numpy
-from .checks import choice, names
+from .checks import choice, instance, names
 from .exceptions import InputError
 from .factor import KFactor
 from .files import write_atomically, write_text
@@ -388,6 +388,9 @@ def report_recording(
     Raises:
         InputError: no such layer, no windows, values out of range, or bad columns; names file, layer, iteration.
     """
+    from .recording import Recording
+
+    instance(recording, "the recording", Recording)
     choice(dtype, "dtype", ("float64", "float32"))
     asked = [n for n in recording.layers if recording.layer(n).windows] if layers is None else layers
     wanted = names(asked, "layers")

@@ -136,6 +136,13 @@ def test_budgets(text, amount, relative):
     assert Budget.parse(text) == Budget(amount, relative)
 
 
+def test_what_is_no_layer_or_no_budget_is_refused_with_what_to_give():
+    with pytest.raises(InputError, match=r"the layer must be of type LayerRecording, got 'run\.h5'"):
+        advise_recording("run.h5", rank=3)
+    with pytest.raises(InputError, match=r"a budget is a text, '20' \(ms\) or '1\.5x' .*, got 4$"):
+        Budget.parse(4)
+
+
 @pytest.mark.parametrize("text", ["", "x", "-1", "nan", "0x", "infx", "two"])
 def test_bad_budgets_are_refused(text):
     with pytest.raises(InputError, match="give milliseconds"):

@@ -94,6 +94,11 @@ def test_errors_are_those_of_the_first_layer_unless_one_is_named(report):
         report.errors("x")
 
 
+def test_a_report_is_of_a_recording_that_is_open():
+    with pytest.raises(InputError, match=r"the recording must be of type Recording, got 'run\.h5'"):
+        report_recording("run.h5")
+
+
 def test_a_window_that_was_not_reached_is_told():
     measurement = Measurement("fc", SETTINGS, [Window(0, 5), Window(100, 5)])
     for step in steps(last=8):
