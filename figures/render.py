@@ -133,7 +133,8 @@ def variants_figure(errors: pd.DataFrame, settings: Settings, title: str) -> Fig
         fontsize=7,
         frameon=False,
     )
-    about = _said(settings, last.epoch.iloc[0], rank=len({window["rank"] for window in settings.values()}) > 1)
+    several = len({window["rank"] for window in settings.values()}) > 1
+    about = _said(settings, last.epoch.iloc[0], rank=several or "r = " not in title)
     below = ", ".join(filter(None, (f"means over the window at {label}", about)))
     figure.suptitle(plain("\n".join(filter(None, (title, below)))), fontsize=8)
     return figure

@@ -359,7 +359,7 @@ def advise_recording(
         layer: of an open recording.
         rank: r.
         budget: what the inverse may cost; `DEFAULT_BUDGET` if None.
-        algorithms: candidates' names; `candidates` by default.
+        algorithms: candidates' names; by default `candidates` whose `T_inv` is no longer than the longest window.
         phi: damping ratio in place of the recording's, or of 0.1.
         dtype: to compute the errors in.
         **settings: others of `Settings`.
@@ -379,7 +379,9 @@ def advise_recording(
     instance(DEFAULT_BUDGET if budget is None else budget, "budget", Budget)
     sizes = Layer(layer.d_A, layer.d_G, layer.n, layer.update_every)
     configured = Settings(rank=rank, **settings)
-    chosen = candidates(sizes, configured.rank)
+    # An inverse that is kept for longer than every window was never measured as stale as it gets.
+    longest = max((window.length for window in layer.windows), default=0)
+    chosen = [a for a in candidates(sizes, configured.rank) if a.get("T_inv", 0) <= max(longest, sizes.every)]
     if algorithms is not None:
         chosen = [Algorithm.parse(name) for name in names(algorithms, "algorithms", str, Algorithm)]
     study = ErrorStudy(chosen, configured, layer.windows, phi=0.1 if phi is None else phi)

@@ -136,6 +136,12 @@ def test_budgets(text, amount, relative):
     assert Budget.parse(text) == Budget(amount, relative)
 
 
+def test_an_inverse_older_than_every_window_is_no_candidate(advice):
+    """With windows of 20 iterations T_inv=50 would look as good as T_inv=20."""
+    periods = {Algorithm.parse(name).get("T_inv") for name in advice.table.algorithm}
+    assert periods == {None, 10}
+
+
 def test_what_is_no_layer_or_no_budget_is_refused_with_what_to_give():
     with pytest.raises(InputError, match=r"the layer must be of type LayerRecording, got 'run\.h5'"):
         advise_recording("run.h5", rank=3)
