@@ -178,21 +178,17 @@ class Measurement:
         for window in self.study.windows if windows is None else windows:
             (reached if any(k in window for k in seen) else missed).append(window)
         notes = (*self._notes(found, missed), *([remark] if remark else []))
-        return LayerFacts(
-            self.name,
-            self._n,
-            self.settings,
-            self._phi_used,
-            self.every,
-            tuple(reached),
-            found,
-            self.seconds,
-            notes,
-        )
+        settings = (self.settings, self._phi_used, self.every, tuple(reached))
+        return LayerFacts(self.name, self._n, *settings, found, self.seconds, notes)
 
     def _notes(self, factors: Mapping[str, FactorFacts], missed: Sequence[Window]) -> Iterable[str]:
         """Where an algorithm saves nothing, and windows that were not reached."""
         yield from not_used(self.study.names, self.settings, {s: f.d for s, f in factors.items()}, self._n)
+        if not self.rows and not missed:
+            yield (
+                f"nothing was measured: the first window starts at iteration {self.study.windows[0].start}; "
+                "give watch(windows=[(first iteration, length)]) or a smaller every"
+            )
         if missed:
             others = f", nor were {len(missed) - 1} others" if len(missed) > 1 else ""
             yield f"the window of {missed[0].length} iterations from {missed[0].start} was not reached{others}"
@@ -311,11 +307,16 @@ class Report:
 
         Returns:
             The figure.
+
+        Raises:
+            InputError: the report has no such layer, or nothing was measured on it.
         """
         from .plot import error_figure
 
         facts = self._find(layer)
         part = self.table[(self.table.layer == facts.name) & self.table.metric.isin(METRICS)]
+        if part.empty:
+            raise InputError(f"layer {facts.name!r}: nothing was measured, there is nothing to plot")
         return error_figure(part, METRICS, block=facts.every, title=_about(facts), dark=dark)
 
     def _find(self, layer: str | None) -> LayerFacts:
@@ -345,7 +346,7 @@ class Report:
                 "about": _about(layer),
                 "notes": layer.notes,
                 "errors": self.errors(layer.name).reset_index().to_html(index=False, border=0, escape=True),
-                "figure": themed(functools.partial(self.plot, layer.name)),
+                "figure": themed(functools.partial(self.plot, layer.name)) if layer.windows else None,
                 "alt": f"The four errors of layer {layer.name} over the iterations of each window",
             }
             for layer in self.layers

@@ -203,6 +203,18 @@ def test_between_the_windows_by_default_nothing_is_followed_but_what_leads_to_th
     assert_close(values(w.report()), values(again), rel=1e-5)
 
 
+def test_a_training_that_ends_before_the_first_window_is_told_what_to_do(tmp_path):
+    model = make()
+    with watch(model, "2", algorithms=["B-KFAC"], rank=3, every=2) as w:
+        train(model)
+    report = w.report()
+    assert "nothing was measured: the first window starts at iteration 20; give watch(windows=" in str(report)
+    report.to_html(tmp_path / "r.html")
+    assert "nothing was measured" in (tmp_path / "r.html").read_text() and "nothing was" in report._repr_html_()
+    with pytest.raises(InputError, match="layer '2': nothing was measured, there is nothing to plot"):
+        report.plot()
+
+
 def test_the_recording_has_the_windows_that_were_reached(tmp_path):
     model, path = make(), tmp_path / "run.h5"
     with watch(model, "2", algorithms=["B-KFAC"], rank=3, every=2, record=path) as w:
