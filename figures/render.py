@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from figures.tables import (
+    not_used_in,
     note,
     read_errors,
     read_table,
@@ -56,7 +57,9 @@ def render(run: Path) -> None:
     table = table_1(errors, timing)
     label, _ = by_window(errors)[-1]
     write_text(run / "table1.csv", table.to_csv(index=False, float_format="%.4g"))
-    write_text(run / "table1.md", table_1_markdown(table, label, study_config(run).get("data", ""), seeds))
+    notes = not_used_in(run, errors, spectra)
+    data = study_config(run).get("data", "")
+    write_text(run / "table1.md", table_1_markdown(table, label, data, seeds, notes))
 
 
 def _is_there(run: Path, name: str) -> bool:
@@ -70,12 +73,13 @@ def save_both(figure: Figure, stem: Path) -> None:
         save(figure, stem.with_suffix(suffix))
 
 
-def _said(settings: Settings, epoch: int) -> str:
+def _said(settings: Settings, epoch: int, *, rank: bool = True) -> str:
     """ "r = 29, φ = 0.1" of the window at that epoch, where it is known; two φ if its end has another."""
     window = settings.get(epoch)
     if window is None:
         return ""
-    return f"r = {window['rank']}, φ = {' to '.join(f'{phi:g}' for phi in dict.fromkeys(window['phi']))}"
+    phi = f"φ = {' to '.join(f'{phi:g}' for phi in dict.fromkeys(window['phi']))}"
+    return f"r = {window['rank']}, {phi}" if rank else phi
 
 
 def errors_figure(errors: pd.DataFrame, metrics: Sequence[str], settings: Settings, title: str) -> Figure:
@@ -88,36 +92,64 @@ def errors_figure(errors: pd.DataFrame, metrics: Sequence[str], settings: Settin
 
 
 def variants_figure(errors: pd.DataFrame, settings: Settings, title: str) -> Figure:
-    """Each metric's average over the last window: a row an algorithm, a marker a spectrum continuation."""
+    """Each metric's average over the last window: a row an algorithm, a marker a spectrum continuation.
+
+    Where continuations agree, as for exact K-FAC, each marker is seen within the one below it.
+    """
     label, last = by_window(errors)[-1]
     averages = last.groupby(["algorithm", "metric"]).value.mean()
     algorithms = [Algorithm.parse(name) for name in dict.fromkeys(last.algorithm)]
     rows = list(dict.fromkeys(a.with_settings(continuation=None) for a in algorithms))[::-1]
     figure = Figure(figsize=(6.8, 1.4 + 0.34 * len(rows)), layout="constrained")
     axes = figure.subplots(2, 2, sharey=True)
-    markers = {"min": ("o", "#0072B2"), "trace": ("s", "#D55E00"), "none": ("x", "#000000")}
     for ax, metric in zip(axes.flat, METRICS, strict=True):
-        for kind, (marker, colour) in markers.items():
+        for kind, look in _CONTINUATIONS.items():
             named = [str(row.with_settings(continuation=None if kind == "min" else kind)) for row in rows]
             points = [(averages[name, metric], i) for i, name in enumerate(named) if (name, metric) in averages]
             if points:
                 x, y = zip(*points, strict=True)
-                ax.scatter(x, y, marker=marker, s=14, color=colour, linewidths=1.0, label=f"{kind} continuation")
+                said = f"{kind} (the paper's)" if kind == "min" else kind
+                ax.scatter(x, y, label=said, zorder=2, **look)
         ax.set_xscale("log")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.set_yticks(range(len(rows)), [str(row) for row in rows])
+        ax.set_yticks(range(len(rows)), [_row_name(row) for row in rows])
         ax.tick_params(labelsize=6.5)
         ax.grid(True, linewidth=0.3, alpha=0.6)
         ax.set_title(METRIC_LABELS[metric], fontsize=8)
     for ax in axes[1]:
-        ax.set_xlabel("relative error", fontsize=8)
+        ax.set_xlabel("mean relative error", fontsize=8)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("algorithm", fontsize=8)
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
-    about = _said(settings, last.epoch.iloc[0])
-    figure.suptitle(plain(", ".join(filter(None, (title, f"mean over {label}", about)))), fontsize=8)
+    figure.legend(
+        handles,
+        labels,
+        title="continuation of the spectrum",
+        title_fontsize=7,
+        loc="outside lower center",
+        ncols=3,
+        fontsize=7,
+        frameon=False,
+    )
+    several = len({window["rank"] for window in settings.values()}) > 1
+    about = _said(settings, last.epoch.iloc[0], rank=several or "r = " not in title)
+    below = ", ".join(filter(None, (f"means over the window at {label}", about)))
+    figure.suptitle(plain("\n".join(filter(None, (title, below)))), fontsize=8)
     return figure
+
+
+_CONTINUATIONS: dict[str, dict[str, Any]] = {
+    "min": {"marker": "o", "s": 40, "facecolors": "none", "edgecolors": "#0072B2", "linewidths": 1.3},
+    "trace": {"marker": "s", "s": 13, "color": "#D55E00", "linewidths": 0},
+    "none": {"marker": "x", "s": 16, "color": "#000000", "linewidths": 0.9},
+}
+"""How each is marked."""
+
+
+def _row_name(algorithm: Algorithm) -> str:
+    return str(algorithm).replace("FD", "Frequent Directions") if algorithm.base == "FD" else str(algorithm)
 
 
 def spectrum_figure(spectra: pd.DataFrame, settings: Settings) -> Figure:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kfacerr.algorithms import Algorithm
+from kfacerr.algorithms import Algorithm, not_used
 from kfacerr.exceptions import InputError
 from kfacerr.files import write_text
 from kfacerr.metrics import METRICS
+from kfacerr.process import Settings
 from kfacerr.study import by_window
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "breakdown_table",
     "epoch_times",
     "epochs_to",
+    "not_used_in",
     "note",
     "paper_name",
     "read_errors",
@@ -105,6 +107,25 @@ def note(run: Path, seeds: int, *, band: bool = True) -> str:
 def window_settings(run: Path) -> dict[int, dict[str, Any]]:
     """By the epoch of each window: its rank, its columns, and phi at its start and its end."""
     return {window["epoch"]: window for window in study_config(run).get("windows", ())}
+
+
+def not_used_in(run: Path, errors: pd.DataFrame, spectra: pd.DataFrame | None) -> list[str]:
+    """What `kfacerr.algorithms.not_used` says of the last window, where the folder tells r, n and the spectra d.
+
+    Args:
+        run: the study's folder.
+        errors: its table.
+        spectra: columns epoch, factor, index: every eigenvalue's number.
+
+    Returns:
+        A sentence for each algorithm and factor.
+    """
+    window = window_settings(run).get(errors.epoch.max())
+    if window is None or spectra is None:
+        return []
+    dimensions = {str(side): int(index.max()) + 1 for side, index in spectra.groupby("factor")["index"]}
+    names = dict.fromkeys(errors.algorithm)
+    return not_used(names, Settings(rank=int(window["rank"])), dimensions, int(window["columns"]))
 
 
 _WHOLE = ("k", "epoch", "seed", "round", "table", "index")
@@ -226,8 +247,8 @@ def table_1(errors: pd.DataFrame, timing: pd.DataFrame | None = None) -> pd.Data
     return pd.DataFrame(rows)
 
 
-def table_1_markdown(table: pd.DataFrame, label: str, data: str, seeds: int) -> str:
-    """Table 1 within 100 columns: two lines an algorithm, ours above the paper's, errors in percent."""
+def table_1_markdown(table: pd.DataFrame, label: str, data: str, seeds: int, notes: Sequence[str] = ()) -> str:
+    """Table 1 within 100 columns: two lines an algorithm, ours above the paper's, in percent; notes below."""
     rows = []
     for row in table.to_dict("records"):
         ours, paper = {"algorithm": row["algorithm"]}, {"algorithm": "- paper"}
@@ -244,6 +265,7 @@ def table_1_markdown(table: pd.DataFrame, label: str, data: str, seeds: int) -> 
         "Errors (1) in the inverse of A, (2) of Gamma, (3) in the norm of the step, (4) in its angle.\n\n"
         + pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
         + "\n"
+        + ("\n".join(["", *(f"- {note}" for note in notes), ""]) if notes else "")
     )
 
 

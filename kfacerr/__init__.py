@@ -24,9 +24,11 @@ from .stream import Columns, Step, Window
 from .study import ErrorStudy, Row, table
 
 if TYPE_CHECKING:
+    from .advice import advise_recording
     from .inspection import inspect
     from .recorder import RecordingWriter
     from .recording import Recording
+    from .report import report_recording
     from .verify import verify_layer
 
 __version__ = "0.1.0"
@@ -53,6 +55,7 @@ __all__ = [
     "Step",
     "Window",
     "__version__",
+    "advise_recording",
     "angle_error",
     "correct",
     "damped_inverse",
@@ -63,6 +66,7 @@ __all__ = [
     "nystrom",
     "precondition",
     "precondition_linear",
+    "report_recording",
     "rsvd",
     "srevd",
     "symmetric_brand",
@@ -71,9 +75,11 @@ __all__ = [
 ]
 
 _LATER = {
+    "advise_recording": "advice",
     "inspect": "inspection",
     "Recording": "recording",
     "RecordingWriter": "recorder",
+    "report_recording": "report",
     "verify_layer": "verify",
 }
 

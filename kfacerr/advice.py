@@ -21,11 +21,13 @@ from .algorithms import Algorithm
 from .checks import choice, instance, names, positive
 from .exceptions import InputError
 from .factor import KFactor
-from .files import write_atomically
+from .files import write_atomically, write_text
 from .inverse import application_flops
 from .metrics import METRICS
+from .page import page, themed
 from .process import Cost, Settings
 from .replay import replay
+from .report import MEANING
 from .stream import Window
 from .study import ErrorStudy, table
 
@@ -82,7 +84,8 @@ class Budget:
         Raises:
             InputError: neither, or not positive.
         """
-        instance(text, "a budget", str)
+        if not isinstance(text, str):
+            raise InputError(f"a budget is a text, '20' (ms) or '1.5x' (of SGD's cost of the layer), got {text!r}")
         given = text.strip().lower()
         relative = given.endswith("x")
         try:
@@ -222,7 +225,7 @@ def _product_rate() -> float:
 
 
 class Advice:
-    """Candidates with their costs and errors, the frontier, and a choice.
+    """Candidates with their costs and errors, the frontier, and a choice. Prints itself, also in a notebook.
 
     Args:
         layer: name of the layer.
@@ -259,18 +262,21 @@ class Advice:
 
     def summary(self) -> str:
         """The frontier, and the choice in the last lines."""
-        shown = self.table[self.table.on_frontier].drop(columns=["on_frontier", "flops"])
+        return "\n".join([self._frontier().to_markdown(index=False, floatfmt=".3g"), *self._verdict()])
+
+    def _frontier(self) -> "pd.DataFrame":
+        return self.table[self.table.on_frontier].drop(columns=["on_frontier", "flops"])
+
+    def _verdict(self) -> tuple[str, str, str]:
+        """What it is measured by, the choice, and the line to paste."""
         limit = self.budget.milliseconds(self.sgd)
         row = self.table[self.table.algorithm == self.choice].iloc[0]
         verdict = "within" if self.within else "no candidate is within it: the cheapest of all, beyond"
-        return "\n".join(
-            [
-                shown.to_markdown(index=False, floatfmt=".3g"),
-                f"plain SGD spends {self.sgd:.3g} ms per iteration on this layer; the budget is {limit:.3g} ms",
-                f"choice: {self.choice} ({row.cost:.3g} ms, {verdict} the budget; error of the step "
-                f"{row.step_norm:.2g})",
-                f"KFAC(model, T_updt={self.every}, policy={self.policy!r})",
-            ]
+        return (
+            f"plain SGD spends {self.sgd:.3g} ms per iteration on this layer; the budget is {limit:.3g} ms",
+            f"choice: {self.choice} ({row.cost:.3g} ms, {verdict} the budget; error of the step "
+            f"{row.step_norm:.2g})",
+            f"KFAC(model, T_updt={self.every}, policy={self.policy!r})",
         )
 
     def __str__(self) -> str:
@@ -283,13 +289,50 @@ class Advice:
         """Writes the table."""
         write_atomically(Path(path), lambda p: self.table.to_csv(p, index=False, float_format="%.8g"))
 
-    def plot(self) -> "Figure":
-        """Error of the step over cost, a matplotlib Figure: the frontier joined, the budget as a line."""
+    def to_html(self, path: str | Path) -> None:
+        """Writes the advice as one file that needs no network, light and dark."""
+        write_text(Path(path), self._page(whole=True))
+
+    def _repr_html_(self) -> str:
+        return self._page(whole=False)
+
+    def _page(self, *, whole: bool) -> str:
+        measured, chosen, policy = self._verdict()
+        layer = {
+            "name": chosen,
+            "about": measured,
+            "notes": [policy],
+            "errors": "",
+            "figure": themed(self.plot),
+            "alt": f"Errors of the step of layer {self.layer} over the cost of each candidate, and the frontier",
+        }
+        return page(
+            whole=whole,
+            title=f"Which inverse should layer {self.layer} have?",
+            facts=self._frontier().to_html(index=False, border=0, float_format="{:.3g}".format),
+            layers=[layer],
+            meaning={
+                "cost": "ms per iteration on this machine, of following both factors and applying the inverses"
+            }
+            | MEANING,
+            reading="Errors are means over the windows. The table is the frontier: no other candidate is at most "
+            "as dear and at most as wrong in the step's norm and angle.",
+            cost=f"{len(self.table)} candidates were compared.",
+        )
+
+    def plot(self, *, dark: bool = False) -> "Figure":
+        """Error of the step over cost, a matplotlib Figure: the frontier joined, the budget as a line.
+
+        Args:
+            dark: for a dark background.
+
+        Returns:
+            The figure.
+        """
         from .plot import frontier_figure
 
-        return frontier_figure(
-            self.table, self.budget.milliseconds(self.sgd), self.choice, title=f"layer {self.layer}"
-        )
+        limit = self.budget.milliseconds(self.sgd)
+        return frontier_figure(self.table, limit, self.choice, title=f"layer {self.layer}", dark=dark)
 
 
 def _on_frontier(values: np.ndarray) -> np.ndarray:
@@ -316,7 +359,7 @@ def advise_recording(
         layer: of an open recording.
         rank: r.
         budget: what the inverse may cost; `DEFAULT_BUDGET` if None.
-        algorithms: candidates' names; `candidates` by default.
+        algorithms: candidates' names; by default `candidates` whose `T_inv` is no longer than the longest window.
         phi: damping ratio in place of the recording's, or of 0.1.
         dtype: to compute the errors in.
         **settings: others of `Settings`.
@@ -329,11 +372,16 @@ def advise_recording(
     """
     from tqdm import tqdm
 
+    from .recording import LayerRecording
+
+    instance(layer, "the layer", LayerRecording)
     choice(dtype, "dtype", ("float64", "float32"))
     instance(DEFAULT_BUDGET if budget is None else budget, "budget", Budget)
     sizes = Layer(layer.d_A, layer.d_G, layer.n, layer.update_every)
     configured = Settings(rank=rank, **settings)
-    chosen = candidates(sizes, configured.rank)
+    # An inverse that is kept for longer than every window was never measured as stale as it gets.
+    longest = max((window.length for window in layer.windows), default=0)
+    chosen = [a for a in candidates(sizes, configured.rank) if a.get("T_inv", 0) <= max(longest, sizes.every)]
     if algorithms is not None:
         chosen = [Algorithm.parse(name) for name in names(algorithms, "algorithms", str, Algorithm)]
     study = ErrorStudy(chosen, configured, layer.windows, phi=0.1 if phi is None else phi)

@@ -4,7 +4,7 @@ A name is a base followed by settings of its own: "R-KFAC T_inv=50 rank=476 cont
 drivers and command lines all use these names, and nobody else takes them apart.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from .processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
 from .streaming import StreamingNystrom
 from .warm import WarmNystrom
 
-__all__ = ["FALLBACK", "SEVEN", "Algorithm"]
+__all__ = ["FALLBACK", "SEVEN", "Algorithm", "not_used"]
 
 SEVEN = (
     "K-FAC T_inv=50",
@@ -200,3 +200,28 @@ def _text(value: Any) -> str:
 
 FALLBACK = Algorithm("R-KFAC")
 """What a factor gets in place of a process that has no room."""
+
+
+def not_used(
+    algorithms: Iterable[str | Algorithm], settings: Settings, dimensions: Mapping[str, int], n: int
+) -> list[str]:
+    """A sentence for each factor that `KFAC` does not use an algorithm on, although its errors can be measured.
+
+    Args:
+        algorithms: their names.
+        settings: of the processes.
+        dimensions: d by side.
+        n: columns of an update.
+
+    Returns:
+        What tables say beside such an algorithm's errors; nothing where all have room.
+
+    Raises:
+        InputError: no algorithm has such a name.
+    """
+    return [
+        f"{algorithm}: {why} for {side}, where it saves nothing: not used there, {FALLBACK} is"
+        for algorithm in map(Algorithm.parse, algorithms)
+        for side, d in dimensions.items()
+        if (why := algorithm.no_room(settings, d, n))
+    ]

@@ -6,7 +6,7 @@ outside the standard that the K-factor algorithms need; each has a plain fallbac
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import array_api_compat as compat
@@ -52,14 +52,16 @@ def namespace(*arrays: Array) -> Any:
     if xp is None or not all(map(compat.is_array_api_obj, arrays)):  # array_namespace takes numbers for neutral
         kinds = ", ".join(type(a).__module__.split(".")[0] + "." + type(a).__name__ for a in arrays)
         raise InputError(f"arrays of one backend are needed, got {kinds}")
-    if len(arrays) > 1:
-        dtypes = {str(a.dtype) for a in arrays}
-        if len(dtypes) > 1:
-            raise InputError(f"arrays of one dtype are needed, got {', '.join(sorted(dtypes))}")
-        devices = {str(compat.device(a)) for a in arrays}
-        if len(devices) > 1:
-            raise InputError(f"arrays on one device are needed, got {', '.join(sorted(devices))}")
+    first, *others = arrays
+    if any(a.dtype != first.dtype for a in others):
+        raise InputError(f"arrays of one dtype are needed, got {_listed(a.dtype for a in arrays)}")
+    if any(compat.device(a) != compat.device(first) for a in others):
+        raise InputError(f"arrays on one device are needed, got {_listed(map(compat.device, arrays))}")
     return xp
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(sorted({str(value) for value in values}))
 
 
 def to_numpy(array: Array) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import __version__
-from .algorithms import SEVEN
+from .algorithms import SEVEN, not_used
 from .command import Parser, check_at_least, path, run, say
 from .damping import Damping
 from .exceptions import InputError
@@ -323,7 +323,10 @@ def _replay(arguments: argparse.Namespace) -> None:
 
             figure = error_figure(frame, METRICS, block=layer.update_every, title=f"layer {layer.name}")
             save(figure, arguments.plot)
+        notes = not_used(study.names, settings, {"A": layer.d_A, "G": layer.d_G}, layer.n)
     print(averages(frame).to_markdown(index=False, floatfmt=".3g"))
+    if notes:
+        print("", *notes, sep="\n")
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:

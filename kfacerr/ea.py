@@ -41,6 +41,10 @@ class EAFactor:
         self.M: Array = None
         self.trace: Array = None
 
+    def __repr__(self) -> str:
+        held = "nothing yet" if self.M is None else f"d={self.M.shape[0]}"
+        return f"<kfacerr EAFactor, rho={self.rho:g}: {held}>"
+
     def update(self, X: Array) -> None:
         """Absorbs columns X (d, n)."""
         check_columns(X, None if self.M is None else self.M.shape[0])

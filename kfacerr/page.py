@@ -16,8 +16,8 @@ def page(*, whole: bool, **context: Any) -> str:
 
     Args:
         whole: with a head and a body; without them it is for a notebook.
-        **context: title, facts (HTML), layers (dicts of name, about, notes, errors, figure, alt), meaning (a
-            dict), reading and cost.
+        **context: title, facts (HTML), layers (dicts of name, about, notes, errors, figure or None, alt), meaning
+            (a dict), reading and cost.
 
     Returns:
         HTML.

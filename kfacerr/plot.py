@@ -325,7 +325,9 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
         write_atomically(path, lambda p: figure.savefig(p, dpi=300, metadata=_UNDATED[path.suffix]))
 
 
-def frontier_figure(table: pd.DataFrame, budget: float, choice: str, *, title: str = "") -> Figure:
+def frontier_figure(
+    table: pd.DataFrame, budget: float, choice: str, *, title: str = "", dark: bool = False
+) -> Figure:
     """Errors (3) and (4) of the step over the cost of each candidate, and the candidates on the frontier by name.
 
     Args:
@@ -333,37 +335,43 @@ def frontier_figure(table: pd.DataFrame, budget: float, choice: str, *, title: s
         budget: in ms per iteration, drawn as a line.
         choice: the algorithm that is ringed.
         title: one line above the figure.
+        dark: for a dark background.
 
     Returns:
         The two errors side by side; `save` writes them.
     """
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    front = table[table.on_frontier].sort_values("cost")
-    for ax, metric in zip(figure.subplots(1, 2), ("step_norm", "step_angle"), strict=True):
-        floor = table[metric].clip(lower=ROUNDING)
-        ax.scatter(table.cost, floor, s=14, color="#999999", label="candidates")
-        ax.plot(
-            front.cost, front[metric].clip(lower=ROUNDING), "o-", color="#0072B2", markersize=4, label="frontier"
+    with mpl.rc_context(_DARK if dark else {}):
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        front = table[table.on_frontier].sort_values("cost")
+        for ax, metric in zip(figure.subplots(1, 2), ("step_norm", "step_angle"), strict=True):
+            real = table[metric][table[metric] > ROUNDING]
+            floor = ROUNDING if real.empty else float(real.min()) / 3  # what is exact stands here, at the bottom
+            error, best = table[metric].clip(lower=floor), front[metric].clip(lower=floor)
+            ax.scatter(table.cost, error, s=14, color="#999999", label="candidates")
+            ax.plot(front.cost, best, "o-", color="#0072B2", markersize=4, label="frontier")
+            for i, where in enumerate(zip(front.cost, best, strict=True)):
+                beside = (3, 3) if i % 2 else (-9, -8)  # neighbours' numbers on either side
+                ax.annotate(str(i + 1), where, fontsize=7, xytext=beside, textcoords="offset points")
+            ringed = table.algorithm == choice
+            ax.scatter(table.cost[ringed], error[ringed], s=90, facecolors="none", edgecolors="#D55E00")
+            ax.axvline(budget, color="#D55E00", linewidth=0.8, linestyle="--", label="budget")
+            ax.set(xscale="log", yscale="log", xlabel="cost, ms per iteration", ylabel="mean error")
+            ax.set_title(METRIC_LABELS[metric], fontsize=9)
+            ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.tick_params(labelsize=8)
+            ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
+        names = [plain(f"{i + 1}  {row.algorithm}") for i, row in enumerate(front.itertuples())]
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        blank = Line2D([], [], linestyle="none")
+        figure.legend(
+            [*handles, *[blank] * len(names)],
+            [*labels, *names],
+            loc="outside right upper",
+            fontsize=7,
+            frameon=False,
         )
-        for i, row in enumerate(front.itertuples()):
-            where = (row.cost, max(getattr(row, metric), ROUNDING))
-            ax.annotate(str(i + 1), where, fontsize=7, xytext=(3, 3), textcoords="offset points")
-        chosen = table[table.algorithm == choice].iloc[0]
-        ax.scatter([chosen.cost], [max(chosen[metric], ROUNDING)], s=90, facecolors="none", edgecolors="#D55E00")
-        ax.axvline(budget, color="#D55E00", linewidth=0.8, linestyle="--", label="budget")
-        ax.set(xscale="log", yscale="log", xlabel="cost, ms per iteration", ylabel="mean error")
-        ax.set_title(METRIC_LABELS[metric], fontsize=9)
-        ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.tick_params(labelsize=8)
-        ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
-    names = [plain(f"{i + 1}  {row.algorithm}") for i, row in enumerate(front.itertuples())]
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    blank = Line2D([], [], linestyle="none")
-    figure.legend(
-        [*handles, *[blank] * len(names)], [*labels, *names], loc="outside right upper", fontsize=7, frameon=False
-    )
-    if title:
-        figure.suptitle(plain(title), fontsize=9)
+        if title:
+            figure.suptitle(plain(title), fontsize=9)
     return figure

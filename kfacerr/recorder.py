@@ -254,6 +254,10 @@ class RecordingWriter:
         except (OSError, RuntimeError) as error:
             raise InputError(f"{self.partial}: {what} cannot be written: {first_line(error)}") from error
 
+    def __repr__(self) -> str:
+        state = "open" if self._file else "closed"
+        return f"<kfacerr RecordingWriter {str(self.path)!r} of {', '.join(self.layers) or 'no layers'}, {state}>"
+
     def __enter__(self) -> Self:
         return self
 

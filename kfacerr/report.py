@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .algorithms import SEVEN, Algorithm
+from .algorithms import SEVEN, Algorithm, not_used
 from .array import to_numpy
-from .checks import choice, names
+from .checks import choice, instance, names
 from .exceptions import InputError
 from .factor import KFactor
 from .files import write_atomically, write_text
@@ -178,25 +178,17 @@ class Measurement:
         for window in self.study.windows if windows is None else windows:
             (reached if any(k in window for k in seen) else missed).append(window)
         notes = (*self._notes(found, missed), *([remark] if remark else []))
-        return LayerFacts(
-            self.name,
-            self._n,
-            self.settings,
-            self._phi_used,
-            self.every,
-            tuple(reached),
-            found,
-            self.seconds,
-            notes,
-        )
+        settings = (self.settings, self._phi_used, self.every, tuple(reached))
+        return LayerFacts(self.name, self._n, *settings, found, self.seconds, notes)
 
     def _notes(self, factors: Mapping[str, FactorFacts], missed: Sequence[Window]) -> Iterable[str]:
         """Where an algorithm saves nothing, and windows that were not reached."""
-        for measured in self.study.measured:
-            algorithm = Algorithm.parse(measured.name)
-            for side, f in factors.items():
-                if why := algorithm.no_room(self.settings, f.d, self._n):
-                    yield f"{measured.name}: {why} for {side}, where it saves nothing; KFAC uses R-KFAC there"
+        yield from not_used(self.study.names, self.settings, {s: f.d for s, f in factors.items()}, self._n)
+        if not self.rows and not missed:
+            yield (
+                f"nothing was measured: the first window starts at iteration {self.study.windows[0].start}; "
+                "give watch(windows=[(first iteration, length)]) or a smaller every"
+            )
         if missed:
             others = f", nor were {len(missed) - 1} others" if len(missed) > 1 else ""
             yield f"the window of {missed[0].length} iterations from {missed[0].start} was not reached{others}"
@@ -237,16 +229,19 @@ class Report:
 
     # --------------------------------------------------------------------------------------------- tables
 
-    def errors(self, layer: str) -> "pd.DataFrame":
+    def errors(self, layer: str | None = None) -> "pd.DataFrame":
         """A row an algorithm: each metric's mean (smallest to largest), the largest certified bound on (1), (2).
 
         Args:
-            layer: its name.
+            layer: its name; the first by default.
 
         Returns:
             By algorithm; cells are text.
+
+        Raises:
+            InputError: the report has no such layer.
         """
-        part = self.table[self.table.layer == layer]
+        part = self.table[self.table.layer == self._find(layer).name]
         order = list(dict.fromkeys(part.algorithm))
         grouped = part.groupby(["algorithm", "metric"]).value
         mean, low, high = (getattr(grouped, what)().unstack() for what in ("mean", "min", "max"))
@@ -290,8 +285,9 @@ class Report:
         return "\n".join(parts)
 
     def _cost(self) -> str:
-        spent = {**self.seconds, "measuring": sum(layer.seconds for layer in self.layers)}
-        return "time: " + ", ".join(f"{name} {value:.1f} s" for name, value in spent.items())
+        spent = [f"{name} {value:.1f} s" for name, value in self.seconds.items()]
+        measuring = f"measuring {sum(layer.seconds for layer in self.layers):.1f} s"
+        return "time: " + (f"{', '.join(spent)}, of that {measuring}" if spent else measuring)
 
     def __str__(self) -> str:
         return self.summary()
@@ -311,11 +307,16 @@ class Report:
 
         Returns:
             The figure.
+
+        Raises:
+            InputError: the report has no such layer, or nothing was measured on it.
         """
         from .plot import error_figure
 
         facts = self._find(layer)
         part = self.table[(self.table.layer == facts.name) & self.table.metric.isin(METRICS)]
+        if part.empty:
+            raise InputError(f"layer {facts.name!r}: nothing was measured, there is nothing to plot")
         return error_figure(part, METRICS, block=facts.every, title=_about(facts), dark=dark)
 
     def _find(self, layer: str | None) -> LayerFacts:
@@ -341,11 +342,11 @@ class Report:
     def _page(self, *, whole: bool) -> str:
         layers = [
             {
-                "name": layer.name,
+                "name": f"Layer {layer.name}",
                 "about": _about(layer),
                 "notes": layer.notes,
                 "errors": self.errors(layer.name).reset_index().to_html(index=False, border=0, escape=True),
-                "figure": themed(functools.partial(self.plot, layer.name)),
+                "figure": themed(functools.partial(self.plot, layer.name)) if layer.windows else None,
                 "alt": f"The four errors of layer {layer.name} over the iterations of each window",
             }
             for layer in self.layers
@@ -388,6 +389,9 @@ def report_recording(
     Raises:
         InputError: no such layer, no windows, values out of range, or bad columns; names file, layer, iteration.
     """
+    from .recording import Recording
+
+    instance(recording, "the recording", Recording)
     choice(dtype, "dtype", ("float64", "float32"))
     asked = [n for n in recording.layers if recording.layer(n).windows] if layers is None else layers
     wanted = names(asked, "layers")

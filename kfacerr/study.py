@@ -68,10 +68,13 @@ def table(rows: Iterable[Row], windows: Sequence[Window] = ()) -> "pd.DataFrame"
 def by_window(frame: "pd.DataFrame") -> "list[tuple[str, pd.DataFrame]]":
     """The rows of each window and what to call it, in the windows' order.
 
-    Windows are told apart by the columns epoch and `window`; a table without the latter has one an epoch.
+    Windows are told apart by the columns epoch and `window`; a table without the latter has one an epoch. Where
+    all epochs are 0, which is what stands for none, a window is called by its first iteration.
     """
     if "window" not in frame:
         return [(f"epoch {epoch}", part) for epoch, part in frame.groupby("epoch")]
+    if not frame.epoch.any():
+        return [(f"from iteration {start}", part) for start, part in frame.groupby("window")]
     several = frame.window.nunique() > frame.epoch.nunique()
     return [
         (f"epoch {epoch}, from {start}" if several else f"epoch {epoch}", part)

@@ -203,7 +203,7 @@ def _seventh(algorithm: Algorithm, **without: None) -> str | None:
     return name if name in SEVEN else None
 
 
-def judge(errors: pd.DataFrame, dataset: str, setting: str = "") -> str:
+def judge(errors: pd.DataFrame, dataset: str, setting: str = "", notes: Sequence[str] = ()) -> str:
     """claims.md: every claim under the paper's settings, at equal rank and with `trace`, with our numbers.
 
     Args:
@@ -211,6 +211,10 @@ def judge(errors: pd.DataFrame, dataset: str, setting: str = "") -> str:
             at rank r + n for the equal-rank comparison, and all also with the continuation "trace".
         dataset: what was trained on, for the heading.
         setting: a line on the layer and its ranks.
+        notes: lines on what is to be known of the algorithms.
+
+    Returns:
+        Markdown.
     """
     seeds = errors.seed.nunique()
     lines = [
@@ -219,6 +223,7 @@ def judge(errors: pd.DataFrame, dataset: str, setting: str = "") -> str:
         *([f"{setting}.", ""] if setting else []),
         "Curves are averages over the 10 iterations between two updates; metrics (1)-(4) are those of §4.2.",
         "A verdict is that of the mean curve over seeds; n of N counts the runs (seed, window) that agree.",
+        *(["", *(f"- {note}" for note in notes)] if notes else []),
     ]
     for name, windows in _judged(errors).items():
         lines += _heading(name, CLAIMS[name])

@@ -76,6 +76,7 @@ def run_seed(
 def write_results(out: Path, preset: Preset, dataset: str, states: States) -> None:
     """Every table and figure of an error study from the seeds' states, finished or not."""
     from figures.render import render
+    from figures.tables import not_used_in
 
     frame = _errors(states)
     main = frame.algorithm.isin(SEVEN)
@@ -87,11 +88,13 @@ def write_results(out: Path, preset: Preset, dataset: str, states: States) -> No
         if s["own"] in (None, SPECTRA_OF)
         for e, side, w in s["spectra"]
     ]
-    if spectra:
-        write_csv(out / "spectra.csv", pd.concat(spectra, ignore_index=True))
+    told = pd.concat(spectra, ignore_index=True) if spectra else None
+    if told is not None:
+        write_csv(out / "spectra.csv", told)
     _write_common(out, states)
     if len(frame):
-        write_text(out / "claims.md", judge(frame, dataset, preset.setting))
+        notes = not_used_in(out, frame[main], told)
+        write_text(out / "claims.md", judge(frame, dataset, preset.setting, notes))
         render(out)
 
 

@@ -278,6 +278,9 @@ class ColumnHooks:
             way_out="call pop() after each backward, set enabled = False, or follow other layers",
         )
 
+    def __repr__(self) -> str:
+        return f"<kfacerr ColumnHooks on {', '.join(map(repr, self.layers))}; see .pop()>"
+
     @property
     def enabled(self) -> bool:
         return self._follower.enabled

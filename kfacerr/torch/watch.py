@@ -11,6 +11,7 @@ micro-batches (`kfacerr.torch._micro_batches`).
 
 import fnmatch
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ __all__ = ["Watch", "watch"]
 
 logger = logging.getLogger(__name__)
 
+IN_NUMPY_UP_TO = 512
+"""Rows of the larger factor. There calls cost more than the products in them, and NumPy's cost half of torch's."""
+
 
 def watch(
     model: nn.Module,
@@ -57,14 +61,14 @@ def watch(
 ) -> "Watch":
     """Measures algorithms on layers of a model, within a `with` block that trains it.
 
-    By default errors are measured at the updates of windows that grow rarer: of ten updates each, from iteration
-    10, 80, 640, ... times `every`. So a short run has something to show, and a long one spends ever less on
-    it. Windows that are given are measured at every iteration.
+    By default errors are measured at the updates of windows that grow rarer: of five updates each, which is one
+    period of the heavier ones, from iteration 10, 100, 1000, ... times `every`. Before a window the last updates
+    are followed, 45 with rho = 0.95 (what is older weighs a tenth then, as it would), and nothing else is looked
+    at. So a short run has something to show, and a long one spends ever less on it. Windows that are given are
+    measured at every iteration, and all updates before them are followed.
 
-    Everything is computed where the columns are: in float64 on a CPU, in float32 on a GPU.
-    An MLP 784-1024-512-10 at batch 128 then takes 1.5 times as long over 2700 steps (CPU time, middle layer, seven
-    algorithms), and twice as long over the first 900. Where a step takes a millisecond, it takes 3 times as long:
-    fewer `algorithms`, or a larger `every`, make it less.
+    Everything is computed where the columns are: in float64 on a CPU, in float32 on a GPU. The report says what it
+    cost, the tutorial what it costs in general; fewer `algorithms` or layers, or a larger `every`, make it less.
 
     Args:
         model: any module, trained inside the block by whatever calls it.
@@ -95,7 +99,7 @@ def watch(
     chosen = _chosen(model, layers)
     listed = names(algorithms, "algorithms", str, Algorithm)
     named = tuple(dict.fromkeys(map(str, map(Algorithm.parse, listed))))
-    measured = _Windows(every, windows)
+    measured = _Windows(every, windows, rho)
     ErrorStudy(named, settings, measured.windows, phi=phi)  # refuses now what it would refuse in the training
     return Watch(chosen, named, settings, rank, phi, measured, record, loss_scale)
 
@@ -103,12 +107,14 @@ def watch(
 class _Windows:
     """Where errors are measured: windows that are given, or those that grow rarer."""
 
-    GROWTH, FIRST, UPDATES = 8, 10, 10
-    COUNT = 12  # the last of the default windows starts at 10^11 steps
+    GROWTH, FIRST, UPDATES = 10, 10, 5
+    COUNT = 11  # the last of the default windows starts at the 10^11th update
+    OLDER = 0.1  # weight in the factors, where a default window starts, of what is older than the updates followed
 
-    def __init__(self, every: int, given: Windows | None) -> None:
+    def __init__(self, every: int, given: Windows | None, rho: float) -> None:
         self.every = every
         self.given = given is not None
+        self.lead = every * math.ceil(math.log(self.OLDER) / math.log(rho))
         if given is None:
             starts = (self.FIRST * every * self.GROWTH**j for j in range(self.COUNT))
             self.windows = [Window(start, self.UPDATES * every) for start in starts]
@@ -119,7 +125,9 @@ class _Windows:
 
     def updates(self, k: int) -> bool:
         """Whether the factors take iteration k's columns."""
-        return k % self.every == 0
+        if k % self.every != 0:
+            return False
+        return self.given or any(w.start - self.lead <= k < w.start + w.length for w in self.windows)
 
     def wants(self, k: int) -> bool:
         """Whether iteration k's columns are needed."""
@@ -245,8 +253,11 @@ class Watch:
         parts = [micro_batch(capture, scale) for capture in passes]
         batch, n = sum(part.batch for part in parts), sum(part.columns.A.shape[1] for part in parts)
         columns = gradient_columns(parts, LayerTotals(batch, (n,), double=False))
-        dtype = torch.float64 if columns.A.device.type == "cpu" else torch.float32
-        return Columns(columns.A.to(dtype), columns.G.to(dtype))
+        if columns.A.device.type != "cpu":
+            return Columns(columns.A.float(), columns.G.float())
+        A, G = columns.A.double(), columns.G.double()
+        small = max(A.shape[0], G.shape[0]) <= IN_NUMPY_UP_TO
+        return Columns(A.numpy(), G.numpy()) if small else Columns(A, G)
 
     def _push(self, name: str, step: Step) -> None:
         if name not in self._measurements:

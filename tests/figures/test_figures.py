@@ -138,7 +138,7 @@ def test_variants_have_a_row_an_algorithm_and_a_marker_a_continuation(tmp_path):
     assert set(SEVEN) < set(names) and not any("continuation" in name for name in names)
     sizes = [len(points.get_offsets()) for points in figure.axes[0].collections]
     assert sizes == [len(names), len(SEVEN)]  # min, trace
-    assert "mean over epoch 30, r = 3, φ = 0.05 to 0.01" in figure.get_suptitle()
+    assert figure.get_suptitle() == "means over the window at epoch 30, r = 3, φ = 0.05 to 0.01"
     _drawn(figure, tmp_path / "variants.png")
 
 

@@ -13,6 +13,7 @@ from figures.tables import (
     breakdown_table,
     epoch_times,
     epochs_to,
+    not_used_in,
     note,
     paper_name,
     read_errors,
@@ -60,6 +61,21 @@ def test_table_1_has_the_papers_numbers_beside():
 
 def test_table_1_of_one_seed_has_no_sd():
     assert table_1(frame(curves(), seeds=1))["(1) SD"].isna().all()
+
+
+def test_table_1_names_what_is_not_used_where_there_is_no_room(tmp_path):
+    errors = frame(curves())
+    window = {"epoch": 30, "rank": 230, "columns": 256, "phi": [0.05]}
+    (tmp_path / "config.json").write_text(json.dumps({"windows": [window]}))
+    spectra = pd.DataFrame({"epoch": 30, "factor": ["A"] * 1025 + ["G"] * 486})
+    spectra["index"] = spectra.groupby("factor").cumcount()
+    notes = not_used_in(tmp_path, errors, spectra)
+    assert [note.split(":")[0] for note in notes] == ["B-KFAC", "B-R-KFAC", "B-KFAC-C"]
+    text = table_1_markdown(table_1(errors), "epoch 30", "", 2, notes)
+    said = "- B-KFAC: r + n >= d (230 + 256 >= 486) for G, where it saves nothing: not used there, R-KFAC is\n"
+    assert said in text and max(map(len, text.splitlines())) <= 100
+    spectra.loc[len(spectra)] = {"epoch": 30, "factor": "G", "index": 486}
+    assert not_used_in(tmp_path, errors, spectra) == not_used_in(tmp_path, errors, None) == []
 
 
 def test_table_1_fits_100_columns_and_names_the_epoch_and_both_numbers():

@@ -1,5 +1,7 @@
 """Advice: costs that are those of the sizes, errors that are those of a replay, and a frontier that is one."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -100,6 +102,16 @@ def test_the_last_lines_name_the_choice_and_the_policy(advice):
     assert eval(policy.removeprefix("KFAC(model, T_updt=5, policy=").removesuffix(")")) == advice.policy
 
 
+def test_it_shows_itself_in_a_notebook_and_as_a_page_of_its_own(advice, tmp_path):
+    shown = advice._repr_html_()
+    assert "<html" not in shown and f"choice: {advice.choice}" in shown and "policy={" in shown
+    assert all(name in shown for name in advice.table[advice.table.on_frontier].algorithm)
+    assert shown.count("data:image/svg+xml") == 2, "a figure, light and dark"
+    advice.to_html(tmp_path / "advice.html")
+    whole = (tmp_path / "advice.html").read_text()
+    assert whole.startswith("<!doctype html>") and not re.search(r"(src|href)=.https?:", whole)
+
+
 def test_csv_and_figure(advice, tmp_path):
     advice.to_csv(tmp_path / "a.csv")
     assert list(pd.read_csv(tmp_path / "a.csv").columns[:7]) == ["algorithm", "cost", *METRICS, "on_frontier"]
@@ -122,6 +134,19 @@ def test_the_frontier_is_what_nothing_dominates(rows):
 )
 def test_budgets(text, amount, relative):
     assert Budget.parse(text) == Budget(amount, relative)
+
+
+def test_an_inverse_older_than_every_window_is_no_candidate(advice):
+    """With windows of 20 iterations T_inv=50 would look as good as T_inv=20."""
+    periods = {Algorithm.parse(name).get("T_inv") for name in advice.table.algorithm}
+    assert periods == {None, 10}
+
+
+def test_what_is_no_layer_or_no_budget_is_refused_with_what_to_give():
+    with pytest.raises(InputError, match=r"the layer must be of type LayerRecording, got 'run\.h5'"):
+        advise_recording("run.h5", rank=3)
+    with pytest.raises(InputError, match=r"a budget is a text, '20' \(ms\) or '1\.5x' .*, got 4$"):
+        Budget.parse(4)
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "nan", "0x", "infx", "two"])

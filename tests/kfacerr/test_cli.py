@@ -115,6 +115,16 @@ def test_every_algorithm_metric_and_iteration_inside_the_windows_has_a_row(tmp_p
     assert all(name in printed for name in SEVEN)
 
 
+def test_below_the_table_stands_what_is_not_used_where_there_is_no_room(tmp_path, recording, capsys):
+    _replay(recording, tmp_path / "e.csv", "--algorithms", "B-KFAC", "K-FAC")
+    assert "not used there" not in capsys.readouterr().out
+    _replay(recording, tmp_path / "e.csv", "--algorithms", "B-KFAC", "K-FAC", rank=D_G - N)
+    printed = capsys.readouterr().out
+    assert printed.endswith(
+        "\nB-KFAC: r + n >= d (10 + 4 >= 14) for G, where it saves nothing: not used there, R-KFAC is\n"
+    )
+
+
 def test_a_foreign_recording_gives_the_same_file_as_ours(tmp_path, recording):
     _replay(recording, tmp_path / "a.csv")
     _replay(_theirs(tmp_path / "r.h5"), tmp_path / "b.csv")

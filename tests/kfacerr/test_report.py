@@ -88,6 +88,17 @@ def test_the_summary_names_layers_algorithms_and_what_is_saved_nowhere(report):
     assert "r + n >= d" not in text
 
 
+def test_errors_are_those_of_the_first_layer_unless_one_is_named(report):
+    assert report.errors().equals(report.errors("fc")) and list(report.errors().index) == list(SEVEN)
+    with pytest.raises(InputError, match=r"no layer 'x'; there are "):
+        report.errors("x")
+
+
+def test_a_report_is_of_a_recording_that_is_open():
+    with pytest.raises(InputError, match=r"the recording must be of type Recording, got 'run\.h5'"):
+        report_recording("run.h5")
+
+
 def test_a_window_that_was_not_reached_is_told():
     measurement = Measurement("fc", SETTINGS, [Window(0, 5), Window(100, 5)])
     for step in steps(last=8):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kfacerr import Algorithm, ErrorStudy, KFactor, Recording, RecordingWriter, Settings, Step, Window
+from kfacerr import Algorithm, EAFactor, ErrorStudy, KFactor, Recording, RecordingWriter, Settings, Step, Window
 from kfacerr.stream import ordered
 
 SETTINGS = Settings(rank=2)
@@ -26,6 +26,9 @@ def test_what_is_printed_says_what_it_is(tmp_path):
     process = factor.processes["B"]
     assert repr(process) == "<kfacerr Brand at rank 3: nothing yet>"
     factor.push(0, X)
+    average = EAFactor(0.9)
+    assert repr(average) == "<kfacerr EAFactor, rho=0.9: nothing yet>"
+    average.update(X)
     with Recording(path) as recording:
         shown = {
             recording: f"<kfacerr Recording {str(path)!r} of fc>",
@@ -33,6 +36,8 @@ def test_what_is_printed_says_what_it_is(tmp_path):
             algorithm: "Algorithm.parse('B-KFAC rank=3')",
             factor: "<kfacerr KFactor 'A': d=6, B>",
             process: "<kfacerr Brand at rank 3: <kfacerr LowRank: d=6, m=2>>",
+            average: "<kfacerr EAFactor, rho=0.9: d=6>",
+            writer: f"<kfacerr RecordingWriter {str(path)!r} of fc, closed>",
             ErrorStudy(["FD"], SETTINGS, [Window(0, 1)]): "<kfacerr ErrorStudy of FD, up to iteration -1>",
         }
         for value, expected in shown.items():

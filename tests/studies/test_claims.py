@@ -124,6 +124,11 @@ def test_every_claim_is_judged_in_every_window_under_the_papers_settings_equal_r
         assert all("**holds** (in 2 of 2)" in line for line in lines)
 
 
+def test_what_an_algorithm_is_not_used_on_is_said_before_the_verdicts():
+    text = judge(frame(curves()), "synthetic", "r = 29", ["B-KFAC: not used there"])
+    assert "\n- B-KFAC: not used there\n" in text.split("## C1")[0]
+
+
 def test_verdicts_of_the_variants_are_their_own():
     errors = with_variants(frame(curves()))
     at_rank = errors.algorithm == f"R-KFAC T_inv=50 rank={RANK}"

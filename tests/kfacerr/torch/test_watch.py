@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -78,6 +79,14 @@ def test_it_measures_what_the_hand_written_loop_measures_and_changes_nothing():
     train(plain)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
     assert w.k == 12
+    assert_close(values(w.report()), hooked(make()))
+
+
+def test_large_layers_stay_in_torch_and_give_the_same(monkeypatch):
+    monkeypatch.setattr(sys.modules[watch.__module__], "IN_NUMPY_UP_TO", 1)
+    model = make()
+    with watch(model, "2", **QUICK) as w:
+        train(model)
     assert_close(values(w.report()), hooked(make()))
 
 
@@ -179,9 +188,32 @@ def test_the_windows_by_default_grow_rarer_and_are_measured_at_updates():
     with watch(model, "2", algorithms=["B-KFAC"], rank=3, every=2) as w:
         train(model, batches(60))
     report = w.report()
-    assert sorted(set(report.table.k)) == list(range(20, 40, 2))
-    assert [tuple(window)[:2] for window in report.layers[0].windows] == [(20, 20)]
+    assert sorted(set(report.table.k)) == list(range(20, 30, 2))
+    assert [tuple(window)[:2] for window in report.layers[0].windows] == [(20, 10)]
     assert "not reached" not in report.summary()
+
+
+def test_between_the_windows_by_default_nothing_is_followed_but_what_leads_to_the_next(tmp_path):
+    """After 45 updates with rho = 0.95 a tenth is left of what came before."""
+    model, path = make(), tmp_path / "run.h5"
+    with watch(model, "2", algorithms=["B-KFAC"], rank=3, every=1, record=path) as w:
+        train(model, batches(110))
+    with Recording(path) as recording:
+        assert recording.layer("2").k.tolist() == [*range(15), *range(55, 105)]
+        again = report_recording(recording, rank=3, algorithms=["B-KFAC"])
+    assert_close(values(w.report()), values(again), rel=1e-5)
+
+
+def test_a_training_that_ends_before_the_first_window_is_told_what_to_do(tmp_path):
+    model = make()
+    with watch(model, "2", algorithms=["B-KFAC"], rank=3, every=2) as w:
+        train(model)
+    report = w.report()
+    assert "nothing was measured: the first window starts at iteration 20; give watch(windows=" in str(report)
+    report.to_html(tmp_path / "r.html")
+    assert "nothing was measured" in (tmp_path / "r.html").read_text() and "nothing was" in report._repr_html_()
+    with pytest.raises(InputError, match="layer '2': nothing was measured, there is nothing to plot"):
+        report.plot()
 
 
 def test_the_recording_has_the_windows_that_were_reached(tmp_path):
@@ -189,7 +221,7 @@ def test_the_recording_has_the_windows_that_were_reached(tmp_path):
     with watch(model, "2", algorithms=["B-KFAC"], rank=3, every=2, record=path) as w:
         train(model, batches(60))
     with Recording(path) as recording:
-        assert recording.layer("2").windows == [Window(20, 20)]
+        assert recording.layer("2").windows == [Window(20, 10)]
         assert (
             report_recording(recording, rank=3, algorithms=["B-KFAC"]).layers[0].windows
             == w.report().layers[0].windows
