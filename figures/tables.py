@@ -117,6 +117,7 @@ _TEXT = (
     "part",
     "recording",
     "dtype",
+    "link",
     "role",
     "continuation",
 )

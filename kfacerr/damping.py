@@ -8,8 +8,8 @@
     product=1e-3  1/(lambda_i(Gamma) lambda_j(A) + lam) in both eigenbases, as in kronfluence and EKFAC
     cut=1e-3      pseudo-inverse: eigenvalues up to 1e-3 lambda_max are left out
 
-All but the last two are a lam for each factor, and so a damping ratio phi = lam/lambda_max: wherever a phi goes,
-so do they. "pi" is "mean" in other words: lam_A = (lam/(m_A m_G))^(1/2) m_A with m the mean eigenvalues.
+All but the last two are a lam for each factor, and so a damping ratio phi = lam/lambda_max. "pi" is "mean" in
+other words: lam_A = (lam/(m_A m_G))^(1/2) m_A with m the mean eigenvalues.
 """
 
 from dataclasses import dataclass
@@ -111,6 +111,16 @@ class Damping:
                 return split * self.value**0.5, self.value**0.5 / split
             case _:
                 return self.value, self.value
+
+    def ratios(self, A: Scale, G: Scale) -> tuple[float, float]:
+        """What it is of each factor's largest eigenvalue: the eigenvalues above are those that it resolves.
+
+        On the grid of products it resolves lambda_i(A) if lambda_i(A) lambda_max(Gamma) is above lam.
+        """
+        one, other = self.levels(A, G)
+        if self.kind == "product":
+            return one / (A.top * G.top), other / (A.top * G.top)
+        return one / A.top, other / G.top
 
     def inverse(self, w: np.ndarray, level: float) -> np.ndarray:
         """Eigenvalues of one factor's damped inverse.

@@ -70,6 +70,11 @@ class KFactor:
         return None if self._like is None else self._like.shape[0]
 
     @property
+    def squared_unit(self) -> float:
+        """What M is multiplied with."""
+        return (self.unit or 1.0) ** 2
+
+    @property
     def dense(self) -> bool:
         """Whether M is kept."""
         return self._dense or any(process.needs_factor for process in self.processes.values())

@@ -13,9 +13,11 @@ from kfacerr.cli import main
 from kfacerr.damping import KINDS, RELATIVE, Damping, Scale
 from kfacerr.damping_map import VALUES, damping_map, ranks_around
 from kfacerr.exceptions import InputError
-from kfacerr.metrics import METRICS
+from kfacerr.metrics import METRICS, angle_error, norm_error
 from kfacerr.process import Settings
 from kfacerr.recorder import RecordingWriter
+from kfacerr.recording import Recording
+from kfacerr.report import report_recording
 from kfacerr.stream import Step, Window
 from kfacerr.study import ErrorStudy, table
 from tests.strategies import SPECTRA, generators, orthogonal, psd, spectrum, stream
@@ -196,26 +198,114 @@ def test_the_unit_of_the_columns_is_seen_by_an_absolute_damping_alone(damping, s
         assert other[part].value.max() < 1e-9 < one[part].value.min()
 
 
-@pytest.mark.parametrize("damping", ["product=0.1", "cut=0.1", "mean=0", "mine"])
+def dense(M: dict, damping: Damping, columns, levels) -> np.ndarray:
+    """The step of the factors as they stand."""
+    (w_G, U_G), (w_A, U_A) = (np.linalg.eigh(M[side]) for side in "GA")
+    C = damping.grid(np.maximum(w_G, 0), np.maximum(w_A, 0), levels)
+    return U_G @ (C * (U_G.T @ columns[1] @ columns[0].T @ U_A)) @ U_A.T
+
+
+@pytest.mark.parametrize("damping", ["product=0.01", "cut=0.05"])
+@pytest.mark.parametrize("continuation", ["none", "min", "trace"])
+@pytest.mark.parametrize("scale", [1.0, 1e-12])
+def test_a_study_damps_both_factors_at_once_as_dense_formulas_do(damping, continuation, scale):
+    """Columns of 1e-12 are held in a unit of their own: an absolute damping of theirs is as much smaller."""
+    value = Damping.parse(damping)
+    value = replace(value, value=value.value * scale**2) if value.kind == "product" else value
+    study = ErrorStudy(NAMES, replace(SETTINGS, continuation=continuation), WINDOWS, damping=value, certify=True)
+    rows, M = [], {"A": None, "G": None}
+    for step in steps(scale)[:14]:
+        rows += study.push(step)
+        if step.update:
+            for side, X in (("A", step.A), ("G", step.G)):
+                new = X @ X.T
+                M[side] = new if M[side] is None else 0.9 * M[side] + 0.1 * new
+    frame = table(rows)
+    assert set(frame.metric) == set(METRICS if value.kind == "cut" else METRICS[2:])
+    assert frame[frame.algorithm == NAMES[0]].value.max() < 1e-9  # exact, up to its next update
+    levels = value.levels(*(Scale.of(np.linalg.eigvalsh(M[side])[::-1]) for side in "AG"))
+    cheap, own = {}, []
+    for side in "AG":
+        factor = study.factors[side]
+        estimate = factor.processes[NAMES[2]].estimate
+        D, U = estimate.lowrank.D / factor.squared_unit, estimate.lowrank.U
+        trace = float(estimate.trace) / factor.squared_unit
+        present = D > 0
+        tau = {"none": 0, "min": D[-1], "trace": max(0.0, trace - D.sum()) / (len(U) - present.sum())}[
+            continuation
+        ]
+        Q, _ = np.linalg.qr(np.hstack([U[:, present], np.random.default_rng(0).standard_normal((len(U), len(U)))]))
+        w = np.append(D[present], np.full(len(U) - present.sum(), tau))
+        cheap[side] = (Q * w) @ Q.T
+        own.append(Scale(len(U), D[0], trace))
+    step = steps(scale)[13]
+    S = dense(cheap, value, (step.A, step.G), value.levels(*own))
+    reference = dense(M, value, (step.A, step.G), levels)
+    measured = frame[(frame.algorithm == NAMES[2]) & (frame.k == 13)].set_index("metric").value
+    assert measured["step_norm"] == pytest.approx(norm_error(S, reference), rel=1e-6)
+    assert measured["step_angle"] == pytest.approx(angle_error(S, reference), rel=1e-6)
+    if value.kind == "cut":
+        for side, level, other in zip("AG", value.levels(*own), levels, strict=True):
+            one = np.linalg.pinv(cheap[side], level / np.linalg.norm(cheap[side], 2), hermitian=True)
+            exact = np.linalg.pinv(M[side], other / np.linalg.norm(M[side], 2), hermitian=True)
+            assert measured[f"inverse_{side}"] == pytest.approx(norm_error(one, exact), rel=1e-6)
+
+
+def test_a_continuation_of_one_inverse_alone_is_refused_for_both():
+    study = ErrorStudy(["FD"], replace(SETTINGS, continuation="escaped"), WINDOWS, damping="product=0.1")
+    given = steps()
+    for step in given[:10]:
+        study.push(step)
+    with pytest.raises(InputError, match="iteration 10: continuation 'escaped'"):
+        study.push(given[10])
+
+
+@pytest.mark.parametrize("damping", ["mean=0", "mine", "product", 3, None, ["phi=0.1"]])
 def test_a_study_refuses_other_dampings(damping):
     with pytest.raises(InputError, match="damping"):
         ErrorStudy(NAMES, SETTINGS, WINDOWS, damping=damping)
 
 
-def test_replay_takes_a_damping(tmp_path, capsys):
-    with RecordingWriter(tmp_path / "r.h5") as writer:
+# --------------------------------------------------------------------------------- wherever one is chosen
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recorded") / "r.h5"
+    with RecordingWriter(path) as writer:
         shape = {"d_A": 15, "d_G": 8, "n": 3, "windows": WINDOWS}
         writer.add_layer("fc", **shape, bias=False, batch_size=3, update_every=5)
         for step in steps():
             writer.append("fc", step)
-    arguments = ["replay", str(tmp_path / "r.h5"), "--layer", "fc", "--rank", "4", "--algorithms", "B-KFAC"]
-    for damping, out in (("mean=0.5", "a.csv"), ("own", "b.csv")):
-        assert main([*arguments, "--damping", damping, "--out", str(tmp_path / out)]) == 0
-    one, other = (pd.read_csv(tmp_path / name) for name in ("a.csv", "b.csv"))
-    assert list(one.columns[:4]) == ["algorithm", "k", "metric", "value"] and not np.allclose(
-        one.value, other.value
-    )
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        main([*arguments, "--damping", "product=1", "--out", str(tmp_path / "c.csv")])
-    assert "invalid choice: 'product=1'" in capsys.readouterr().err
+    return path
+
+
+@pytest.mark.parametrize("damping", ["mean=3", "product=0.01", "cut=0.05", "common"])
+def test_every_command_takes_a_damping(damping, recorded, tmp_path, capsys):
+    """And all of them measure the same under it, which is not what they measure without."""
+    asked = ["--rank", "4", "--algorithms", "B-KFAC", "--damping", damping]
+    written = {}
+    for command in ("replay", "report", "advise"):
+        name = "page.html" if command == "report" else f"{command}.csv"
+        layer = ["--layer", "fc"]
+        out = ["--out", str(tmp_path / name)]
+        extra = ["--plot", str(tmp_path / f"{command}.svg")] if command != "report" else []
+        assert main([command, str(recorded), *layer, *asked, *out, *extra]) == 0, capsys.readouterr().err
+        written[command] = capsys.readouterr().out
+    replayed, advised = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("replay", "advise"))
+    mean = replayed.groupby("metric").value.mean()
+    for metric in METRICS:
+        value = advised[metric].iloc[0]
+        assert value == pytest.approx(mean[metric], rel=0.3) if metric in mean else np.isnan(value)
+    assert (damping if damping != "common" else "phi = 0.1 in common") in written["report"]
+    with Recording(recorded) as recording:
+        reports = [report_recording(recording, algorithms=["B-KFAC"], rank=4, damping=d) for d in (damping, "own")]
+    above = [[factor.above for factor in report.layers[0].factors.values()] for report in reports]
+    assert (above[0] == above[1]) == (damping == "common")
+
+
+def test_every_command_refuses_what_is_no_damping(recorded, tmp_path, capsys):
+    for command in ("replay", "report", "advise"):
+        with pytest.raises(SystemExit):
+            main([command, str(recorded), "--layer", "fc", "--damping", "mine", "--out", str(tmp_path / "o")])
+        assert "invalid choice: 'mine' (own, common, one of phi=VALUE" in capsys.readouterr().err
