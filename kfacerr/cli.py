@@ -126,6 +126,7 @@ def _add_inspect(commands: Any) -> None:
     add("--plot", type=path, metavar="FILE", help="a figure of the spectra (pdf, png, svg)")
     add("--damping-map", type=path, metavar="FILE", help="a figure of a layer's errors over damping and rank")
     add("--layer", metavar="NAME", help="of the damping map (default: the first with both factors)")
+    add("--continuation", choices=tuple(CONTINUATIONS), default="min", help="of the damping map's spectra")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -148,7 +149,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     for option in [option for option in figures if option in written]:
         from .plot import save
 
-        save(found.plot() if option == "--plot" else found.plot_damping(arguments.layer), written[option])
+        drawn = {"continuation": arguments.continuation}
+        save(found.plot() if option == "--plot" else found.plot_damping(arguments.layer, **drawn), written[option])
     print(found)
 
 

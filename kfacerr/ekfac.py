@@ -21,7 +21,7 @@ Convolutions are not covered: an example's gradient there is a sum over position
 import numpy as np
 import scipy.linalg
 
-from .array import check_columns
+from .array import add_to_diagonal, check_columns
 from .checks import positive
 from .ea import check_rho
 from .exceptions import InputError
@@ -53,6 +53,7 @@ class ExampleFisher:
         self.A: np.ndarray = np.empty((0, 0))
         self.G: np.ndarray = np.empty((0, 0))
         self.weights: np.ndarray = np.empty(0)
+        self._gram: np.ndarray = np.empty((0, 0))  # of the first columns
 
     def __repr__(self) -> str:
         return f"<kfacerr ExampleFisher: {self.G.shape[0]} x {self.A.shape[0]}, {len(self.weights)} columns>"
@@ -75,12 +76,26 @@ class ExampleFisher:
         old = self.weights * self.rho
         weights = np.concatenate([old, np.full(n, n * (1.0 if first else 1 - self.rho))])
         kept = weights >= NEGLIGIBLE * weights[-1]
+        if not kept.all():
+            known = kept[: len(self._gram)]
+            self._gram = self._gram[np.ix_(known, known)]
         self.weights = weights[kept]
         self.A, self.G = (np.concatenate([X, new], axis=1)[:, kept] for X, new in ((self.A, A), (self.G, G)))
 
     def diagonal(self, U_G: np.ndarray, U_A: np.ndarray) -> np.ndarray:
         """EKFAC's S (d_G, d_A) in the bases U_G (d_G, d_G) and U_A (d_A, d_A); sum S = tr F."""
         return np.asarray(((U_G.T @ self.G) ** 2 * self.weights) @ ((U_A.T @ self.A) ** 2).T)
+
+    def gram(self) -> np.ndarray:
+        """(A^T A) o (G^T G), (N, N): V^T V without the weights; what new columns add to the last one is computed."""
+        known, count = len(self._gram), len(self.weights)
+        if known < count:
+            gram = np.empty((count, count))
+            gram[:known, :known] = self._gram
+            gram[:, known:] = (self.A.T @ self.A[:, known:]) * (self.G.T @ self.G[:, known:])
+            gram[known:, :known] = gram[:known, known:].T
+            self._gram = gram
+        return self._gram
 
 
 class DampedFisher:
@@ -99,10 +114,9 @@ class DampedFisher:
             raise InputError("no columns came in yet: there is no Fisher to invert")
         self.lam = positive(lam, "the damping lam")
         self._A, self._G, self._root = fisher.A, fisher.G, np.sqrt(fisher.weights)
-        K = self._A.T @ self._A
-        K *= self._G.T @ self._G
-        K *= self._root[:, None] * self._root
-        K.flat[:: len(K) + 1] += self.lam
+        K = fisher.gram() * self._root  # a copy
+        K *= self._root[:, None]
+        add_to_diagonal(K, np.asarray(self.lam))
         try:  # K is symmetric: its rows are the columns that LAPACK works on
             self._factor = scipy.linalg.cho_factor(K.T, lower=True, overwrite_a=True, check_finite=False)
         except np.linalg.LinAlgError:

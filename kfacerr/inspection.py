@@ -280,19 +280,20 @@ class Inspection:
         title = self.title if layer is None else f"layer {layer}"
         return spectrum_figure(chosen, self.phi, title=title, dark=dark)
 
-    def damping_map(self, layer: str | None = None) -> "pd.DataFrame":
+    def damping_map(self, layer: str | None = None, *, continuation: str = "min") -> "pd.DataFrame":
         """Errors (1)-(4) of truncations, and the condition, over damping and rank, see `kfacerr.damping_map`.
 
-        On the gradient that is given of the layer, else on one drawn from K-FAC's model; continued by "min".
+        On the gradient that is given of the layer, else on one drawn from K-FAC's model.
 
         Args:
             layer: its name; the first with both factors if None.
+            continuation: of the truncated spectra.
 
         Returns:
             Columns layer, damping, share, rank, metric, value.
 
         Raises:
-            InputError: there is no such layer, or none with both factors in full.
+            InputError: no such layer, none with both factors in full, or no such continuation.
         """
         from .damping_map import damping_map, ranks_around
 
@@ -306,16 +307,18 @@ class Inspection:
         left, right = next(pair for pair in SIDES if all(side in spectra for side in pair))
         assert J is not None
         rank = next(audit.rank for audit in self.factors if audit.layer == chosen)
-        frame = damping_map(spectra[left], spectra[right], J, ranks_around(rank, min(J.shape)))
+        ranks = ranks_around(rank, min(J.shape))
+        frame = damping_map(spectra[left], spectra[right], J, ranks, continuation=continuation)
         frame.insert(0, "layer", chosen)
         return frame
 
-    def plot_damping(self, layer: str | None = None, *, dark: bool = False) -> "Figure":
+    def plot_damping(self, layer: str | None = None, *, continuation: str = "min", dark: bool = False) -> "Figure":
         """The damping map of a layer as a matplotlib Figure; arguments as for `damping_map` and `plot`."""
         from .plot import damping_figure
 
-        frame = self.damping_map(layer)
-        return damping_figure(frame, title=f"layer {frame['layer'].iloc[0]}: damping and rank", dark=dark)
+        frame = self.damping_map(layer, continuation=continuation)
+        title = f"layer {frame['layer'].iloc[0]}: damping and rank, continuation {continuation}"
+        return damping_figure(frame, title=title, dark=dark)
 
     def to_csv(self, path: str | Path) -> None:
         """Writes the table."""

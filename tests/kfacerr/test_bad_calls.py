@@ -239,7 +239,7 @@ ROWS: dict[str, bad.Row] = {
             "settings": NO_NUMBER,
             "windows": (None, *NO_WINDOWS),
             "phi": NOT_POSITIVE,
-            "damping": NO_NAME,
+            "damping": bad.NO_DAMPING,
             "certify": NO_SWITCH,
         },
     ),

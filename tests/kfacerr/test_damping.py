@@ -116,6 +116,18 @@ def test_the_full_rank_costs_nothing():
     assert exact[exact.metric != "condition"].value.max() == 0
 
 
+@pytest.mark.parametrize("continuation", ["none", "min", "trace"])
+def test_a_map_continues_spectra_as_an_audit_does(continuation):
+    audit = kfacerr.inspect({"fc": {"A": A, "G": G}}, rank=4, phi=0.1)
+    row = audit.damping_map(continuation=continuation).query("damping == 'phi' and share == 0.1 and rank == 4")
+    table = audit.table.set_index("side")
+    for side in "AG":
+        error = row[row.metric == f"inverse_{side}"].value.iloc[0]
+        assert error == pytest.approx(table[f"error_{continuation}"][side], rel=1e-9)
+    with pytest.raises(InputError, match="continuation 'escaped' is not one of"):
+        audit.damping_map(continuation="escaped")
+
+
 def test_a_map_needs_both_factors():
     with pytest.raises(InputError, match="no damping map: it needs both factors in full, which these have: none"):
         kfacerr.inspect({"fc": {"A": A}}).damping_map()
@@ -127,6 +139,8 @@ def test_the_command_draws_a_map(tmp_path, capsys):
     np.savez(tmp_path / "f.npz", **{"one.A": A, "two.A": A, "two.G": G})
     arguments = ["inspect", str(tmp_path / "f.npz"), "--damping-map", str(tmp_path / "m.svg")]
     assert main(arguments) == 0 and (tmp_path / "m.svg").stat().st_size > 10_000
+    first = (tmp_path / "m.svg").read_bytes()
+    assert main([*arguments, "--continuation", "trace"]) == 0 and (tmp_path / "m.svg").read_bytes() != first
     assert main([*arguments, "--layer", "one"]) == 2
     assert "of layer 'one'" in capsys.readouterr().err
 

@@ -105,6 +105,17 @@ def test_columns_that_weigh_nothing_are_dropped():
     assert lost[0] > -1e-12 * np.trace(F) and lost.sum() < 10 * NEGLIGIBLE * np.trace(F)
 
 
+@pytest.mark.parametrize("rho", [0.01, 0.5, 0.9])
+def test_a_gram_matrix_is_that_of_the_columns_that_are_kept(rho):
+    """Asked for at some updates and not at others, while columns are dropped."""
+    fisher = ExampleFisher(rho)
+    for k, (A, G) in enumerate(layer(np.random.default_rng(4), steps=30)):
+        fisher.update(A, G)
+        if k % 3 != 1:
+            expected = (fisher.A.T @ fisher.A) * (fisher.G.T @ fisher.G)
+            np.testing.assert_allclose(fisher.gram(), expected, rtol=1e-12, atol=1e-14 * expected.max())
+
+
 def test_batches_may_differ_in_size():
     rng = np.random.default_rng(1)
     steps = layer(rng, n=3) + layer(rng, n=2)

@@ -181,6 +181,7 @@ NO_WATCH = {
     "rank": given(*NO_SIZE),
     "rho": bad.NO_DECAY,
     "phi": NOT_POSITIVE,
+    "damping": bad.NO_DAMPING,
     "continuation": NO_NAME,
     "every": NO_SIZE,
     "windows": ([], *NO_WINDOWS),
