@@ -120,6 +120,7 @@ def _add_inspect(commands: Any) -> None:
         help="truncation rank r (default: an eighth of the smaller dimension, 4 to 220)",
     )
     add("--phi", type=float, default=0.1, help="damping ratio")
+    add("--damping", metavar="D", help="a lam of each factor in its place: mean=VALUE or lam=VALUE")
     add("--gradients", type=path, metavar="FILE", help="a gradient (d_G, d_A) by layer, to measure steps on")
     add("--out", type=path, metavar="CSV", help="the table of factors")
     add("--html", type=path, metavar="FILE", help="the audit as one page")
@@ -141,7 +142,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         check_format(written[option])
     check_outputs(written, {"what is inspected": arguments.path})
     check_at_least(rank=(arguments.rank, 1))
-    found = inspect(arguments.path, rank=arguments.rank, phi=arguments.phi, gradients=arguments.gradients)
+    options = {name: getattr(arguments, name) for name in ("rank", "phi", "damping", "gradients")}
+    found = inspect(arguments.path, **options)
     if arguments.out is not None:
         found.to_csv(arguments.out)
     if arguments.html is not None:

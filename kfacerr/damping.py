@@ -99,18 +99,38 @@ class Damping:
         """Whether it is a lam for each factor."""
         return self.kind not in ("product", "cut")
 
+    def level(self, M: Scale) -> float:
+        """lam of one factor by itself; what is left out, for a cut.
+
+        Args:
+            M: the factor's.
+
+        Returns:
+            The level.
+
+        Raises:
+            InputError: "pi" and "product", which are of both factors.
+        """
+        match self.kind:
+            case "phi" | "cut":
+                return self.value * M.top
+            case "mean":
+                return self.value * M.mean
+            case "lam":
+                return self.value
+        other = "; mean=VALUE is the same in other words" if self.kind == "pi" else ""
+        raise InputError(f"damping {str(self)!r} is of both factors at once{other}")
+
     def levels(self, A: Scale, G: Scale) -> tuple[float, float]:
         """lam_A and lam_G; for a cut what is left out, for the grid of products its one lam twice."""
         match self.kind:
-            case "phi" | "cut":
-                return self.value * A.top, self.value * G.top
-            case "mean":
-                return self.value * A.mean, self.value * G.mean
             case "pi":
                 split = (A.mean / G.mean) ** 0.5
                 return split * self.value**0.5, self.value**0.5 / split
-            case _:
+            case "product":
                 return self.value, self.value
+            case _:
+                return self.level(A), self.level(G)
 
     def ratios(self, A: Scale, G: Scale) -> tuple[float, float]:
         """What it is of each factor's largest eigenvalue: the eigenvalues above are those that it resolves.

@@ -87,7 +87,7 @@ class ExampleFisher:
         return np.asarray(((U_G.T @ self.G) ** 2 * self.weights) @ ((U_A.T @ self.A) ** 2).T)
 
     def gram(self) -> np.ndarray:
-        """(A^T A) o (G^T G), (N, N): V^T V without the weights; what new columns add to the last one is computed."""
+        """(A^T A) o (G^T G), (N, N): V^T V without the weights; what new columns add is computed."""
         known, count = len(self._gram), len(self.weights)
         if known < count:
             gram = np.empty((count, count))
