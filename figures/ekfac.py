@@ -15,7 +15,7 @@ __all__ = ["KEYS", "LINKS", "figure", "means", "render", "report"]
 LINKS = ("staleness", "truncation", "damping", "eigenvalues", "Kronecker")
 """Between an algorithm's step and the natural gradient, in their order."""
 
-KEYS = ["recording", "epoch", "algorithm", "link", "norm", "share"]
+KEYS = ["recording", "epoch", "algorithm", "link", "norm", "share", "angle"]
 
 LOOKS = dict(zip(LINKS, ("#CC79A7", "#D55E00", "#999999", "#56B4E9", "#0072B2"), strict=True))
 
@@ -33,22 +33,31 @@ def render(run: Path) -> None:
 
 def means(split: pd.DataFrame) -> pd.DataFrame:
     """Over the recordings."""
-    return split.groupby(["epoch", "algorithm", "link"], sort=False)[["norm", "share"]].mean().reset_index()
+    return (
+        split.groupby(["epoch", "algorithm", "link"], sort=False)[["norm", "share", "angle"]].mean().reset_index()
+    )
 
 
 def report(split: pd.DataFrame) -> str:
     """ekfac.md: each difference's norm over the natural gradient's, its share of the whole in brackets."""
-    rows = []
+    rows, left = [], []
     for (epoch, algorithm), part in split.groupby(["epoch", "algorithm"], sort=False):
         by = part.set_index("link")
         cells = [f"{by.norm[link]:.2g} ({by.share[link]:.0%})" for link in LINKS]
-        rows.append((algorithm, str(epoch), *cells, f"{by.norm['total']:.2g}"))
-    columns = ["algorithm", "epoch", *LINKS, "total"]
+        rows.append((algorithm, str(epoch), *cells, f"{by.norm['total']:.2g}", f"{by.angle['total']:.2g}"))
+        if not left or left[-1][0] != str(epoch):
+            left.append((str(epoch), *(f"{by.angle[link]:.2g}" for link in LINKS[2:])))
+    columns = ["algorithm", "epoch", *LINKS, "total", "angle"]
     listed = pd.DataFrame(rows, columns=columns).to_markdown(index=False, disable_numparse=True)
     return (
         f"# Where the error of a step comes from\n\n{listed}\n\n"
         "Norms of differences over the natural gradient's, means over windows; in brackets their shares "
-        "<d, S - S*>/|S - S*|^2 of the whole, which add up to 1.\n"
+        "<d, S - S*>/|S - S*|^2 of the whole, which add up to 1. angle: 1 - cos of the step and the natural "
+        "gradient; of the others it is\n\n"
+        + pd.DataFrame(left, columns=["epoch", "K-FAC", "with one damping", "EKFAC"]).to_markdown(
+            index=False, disable_numparse=True
+        )
+        + "\n"
     )
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .checks import instance
 from .exceptions import InputError
 
 __all__ = ["KINDS", "RELATIVE", "Damping", "Scale"]
@@ -91,6 +92,11 @@ class Damping:
             raise InputError(f"damping {text!r} is none of {told}") from None
         return cls(kind, number)
 
+    @classmethod
+    def of(cls, value: "str | Damping") -> "Damping":
+        """A damping, or the one of a text; an InputError for anything else."""
+        return value if isinstance(value, Damping) else cls.parse(instance(value, "damping", str))
+
     def __str__(self) -> str:
         return f"{self.kind}={self.value:g}"
 
@@ -98,6 +104,12 @@ class Damping:
     def separable(self) -> bool:
         """Whether it is a lam for each factor."""
         return self.kind not in ("product", "cut")
+
+    def of_each_factor(self) -> "Damping":
+        """Itself; an InputError where it is not `separable`."""
+        if not self.separable:
+            raise InputError(f"damping {str(self)!r} is no lam for each factor")
+        return self
 
     def level(self, M: Scale) -> float:
         """lam of one factor by itself; what is left out, for a cut.

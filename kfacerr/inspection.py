@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .checks import instance, whole
+from .checks import whole
 from .damping import Damping, Scale
 from .examine import PRECISIONS, SIDES, FactorAudit, examine, layer_steps
 from .exceptions import InputError
@@ -90,9 +90,7 @@ def inspect(
 
 def _of_one(damping: str | Damping) -> Damping:
     """A damping of one factor."""
-    chosen = damping if isinstance(damping, Damping) else Damping.parse(instance(damping, "damping", str))
-    if chosen.kind == "cut":
-        raise InputError(f"damping {str(chosen)!r} is no lam: see the damping map, which has it")
+    chosen = Damping.of(damping).of_each_factor()
     chosen.level(Scale(1, 1.0, 1.0))
     return chosen
 

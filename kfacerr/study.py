@@ -291,10 +291,10 @@ class ErrorStudy:
         """Of an algorithm's estimates, and of M's trace as it was then."""
         scales = {}
         for side, factor in self.factors.items():
-            estimate = factor.processes[measured.process].estimate
-            if estimate is None or estimate.lowrank.m == 0 or not float(estimate.lowrank.lambda_max) > 0:
+            scale = factor.scale(measured.process)
+            if scale is None:
                 raise InputError(f"{side}: {measured.name} {_EMPTY}")
-            scales[side] = _scale(factor, float(estimate.lowrank.lambda_max), estimate.trace)
+            scales[side] = scale
         return scales
 
     def _error(self, measured: _Measured, side: str, inverse: Inverse, reference: DenseInverse) -> float:
@@ -362,10 +362,10 @@ def named_damping(damping: str | Damping) -> Damping | None:
     Raises:
         InputError: there is none of that name.
     """
-    if isinstance(damping, Damping) or damping in DAMPINGS:
-        return damping if isinstance(damping, Damping) else None
+    if isinstance(damping, str) and damping in DAMPINGS:
+        return None
     try:
-        return Damping.parse(instance(damping, "damping", str))
+        return Damping.of(damping)
     except InputError as error:
         raise InputError(f"{error}, nor {' or '.join(DAMPINGS)}") from None
 

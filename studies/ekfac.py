@@ -13,7 +13,7 @@ changes at a time, so that the differences add up to S - S*:
 
 lam_A and lam_G are the reference's, phi lambda_max (§6), and all but the first two have one lam. The norm of each
 difference d is given over |S*|, and its share <d, S - S*>/|S - S*|^2, negative where it makes up for others:
-shares add up to 1. Means are over the windows; measured are the updates and one plain iteration between two,
+shares add up to 1. The angle is what is left before the link: 1 - cos of the step that it starts from and S*. Means are over the windows; measured are the updates and one plain iteration between two,
 weighed by how many there are. DIR gets ekfac.csv, ekfac.md, ekfac.pdf and .png, and environment.json.
 """
 
@@ -35,6 +35,7 @@ from kfacerr.ekfac import DampedFisher, ExampleFisher
 from kfacerr.exceptions import InputError
 from kfacerr.grid import Continued, damped_step, in_eigenbases
 from kfacerr.inverse import check_phi, precondition
+from kfacerr.metrics import angle_error
 from kfacerr.process import Settings
 from kfacerr.recording import LayerRecording, Recording
 from kfacerr.replay import replay
@@ -82,7 +83,7 @@ class ErrorSplit:
         self._updates = 0
 
     def push(self, step: Step) -> list[Row]:
-        """Takes the next step; its rows: metrics "norm LINK" and "share LINK" of all `LINKS`, and "norm total"."""
+        """Takes the next step; its rows, with the metrics of `split`."""
         measured = self.study.push(step)
         columns = {side: self.study.factors[side].admit(X) for side, X in (("A", step.A), ("G", step.G))}
         if step.update:
@@ -133,19 +134,20 @@ class ErrorSplit:
 
 
 def split(chain: Sequence[np.ndarray]) -> dict[str, float]:
-    """The differences between the steps of a chain that ends with the natural gradient: their norms and shares.
+    """The differences between the steps of a chain that ends with the natural gradient.
 
     Args:
         chain: a step more than `LINKS`, each (d_G, d_A).
 
     Returns:
-        "norm LINK" over the last step's and "share LINK", and "norm total".
+        "norm LINK" over the last step's, "share LINK", "angle LINK" of the step before it, and those of "total".
     """
     links = [one - other for one, other in pairwise(chain)]
     whole, size = chain[0] - chain[-1], float(norm(chain[-1]))
     total = float(norm(whole))
-    found = {"norm total": total / size}
-    for link, difference in zip(LINKS, links, strict=True):
+    found = {"norm total": total / size, "share total": 1.0, "angle total": angle_error(chain[0], chain[-1])}
+    for link, start, difference in zip(LINKS, chain[:-1], links, strict=True):
+        found[f"angle {link}"] = angle_error(start, chain[-1])
         found[f"norm {link}"] = float(norm(difference)) / size
         found[f"share {link}"] = float(np.sum(difference / total * (whole / total))) if total else 0.0
     return found
@@ -161,7 +163,7 @@ def measure(layer: LayerRecording, algorithms: Sequence[str], *, rank: int, phi:
         phi: damping ratio in place of the recording's.
 
     Returns:
-        Columns epoch, algorithm, link, norm, share; the link "total" has share 1.
+        Columns epoch, algorithm, link, norm, share, angle.
 
     Raises:
         InputError: a convolution, no windows or bad columns; names file, layer and iteration.
@@ -187,7 +189,7 @@ def measure(layer: LayerRecording, algorithms: Sequence[str], *, rank: int, phi:
     long = means.melt(id_vars=["algorithm", "epoch"])
     long[["kind", "link"]] = long.metric.str.split(" ", expand=True)
     wide = long.pivot_table(index=["epoch", "algorithm", "link"], columns="kind", values="value", sort=False)
-    return wide.reset_index().assign(share=lambda one: one.share.fillna(1.0))[KEYS[1:]]
+    return wide.reset_index()[KEYS[1:]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

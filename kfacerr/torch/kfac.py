@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import choice, instance, is_number, switch, whole
+from ..damping import Damping
 from ..exceptions import InputError
 from ..inverse import CONTINUATIONS
 from ._kfac_layer import KFACLayer
@@ -83,6 +84,8 @@ class KFAC(LayerOptimizer):
         momentum: as in SGD, of the clipped and decayed step.
         linear_application: False for Algorithm 1 in all steps.
         fisher: "empirical" or "sampled"; see `sample_fisher`.
+        damping: a lam for each factor in place of phi_lambda lambda_max, "mean=0.1", "lam=1e-3" or "pi=1e-3", see
+            `kfacerr.damping`.
         loss_scale: see `LayerOptimizer`; for a GradScaler pass `scaler.get_scale`. If it is left at 1, the first
             update refuses a .grad that is smaller than the columns' by one power of two in all layers, from 2^8
             on: a scale that nobody declared.
@@ -130,6 +133,7 @@ class KFAC(LayerOptimizer):
         momentum: Scheduled = 0.0,
         linear_application: bool = True,
         fisher: str = "empirical",
+        damping: str | Damping | None = None,
         loss_scale: float | Callable[[], float] = 1.0,
         skip_nonfinite: bool = True,
         data_parallel: bool = True,
@@ -148,6 +152,7 @@ class KFAC(LayerOptimizer):
         self.clip_by = clip_by
         self.linear_application = switch(linear_application, "linear_application")
         self.fisher = fisher
+        self.damping = None if damping is None else Damping.of(damping).of_each_factor()
         self._group_schedules: list[dict[str, Callable[[int], float]]] = []
         self._unfit: dict[str, Tensor] = {}  # the last step whose S was not finite, by layer, on its device
         _check_names(model, self.policy)

@@ -139,7 +139,12 @@ ROWS: dict[str, bad.Row] = {
     "inspect": (
         inspect,
         {"source": M},
-        {"source": (None, 3, "", "no such file", {}, M[:, :3]), "rank": (0, 0.5, "x"), "phi": NOT_POSITIVE},
+        {
+            "source": (None, 3, "", "no such file", {}, M[:, :3]),
+            "rank": (0, 0.5, "x"),
+            "phi": NOT_POSITIVE,
+            "damping": given(*bad.NO_DAMPING, "pi=1", "cut=1"),
+        },
     ),
     "LowRank": (
         LowRank,

@@ -8,7 +8,7 @@ import pytest
 
 from figures.ekfac import LINKS
 from kfacerr.algorithms import Algorithm
-from kfacerr.metrics import norm_error
+from kfacerr.metrics import angle_error, norm_error
 from kfacerr.process import Settings
 from kfacerr.recorder import RecordingWriter
 from kfacerr.stream import Step, Window
@@ -46,6 +46,8 @@ def test_differences_add_up_and_shares_to_one():
     found = split(chain)
     assert found["norm total"] == pytest.approx(norm_error(chain[0], chain[-1]))
     assert sum(found[f"share {link}"] for link in LINKS) == pytest.approx(1)
+    angles = [angle_error(one, chain[-1]) for one in chain[:-1]]
+    assert [found[f"angle {link}"] for link in LINKS] == angles and found["angle total"] == angles[0]
     assert found["norm truncation"] == pytest.approx(
         norm_error(chain[1], chain[2] * 1.0) * np.linalg.norm(chain[2]) / np.linalg.norm(chain[-1])
     )
@@ -53,7 +55,7 @@ def test_differences_add_up_and_shares_to_one():
 
 def test_no_error_has_no_share():
     found = split([np.ones((2, 2))] * (len(LINKS) + 1))
-    assert set(found.values()) == {0.0}
+    assert found.pop("share total") == 1 and set(found.values()) == {0.0}
 
 
 def test_each_difference_is_zero_where_it_should_be():
@@ -99,7 +101,7 @@ def test_the_command_writes_a_table_and_a_figure(tmp_path, capsys):
     arguments = ["--layer", "fc", "--rank", "4", "--algorithms", "B-KFAC", "R-KFAC T_inv=50"]
     assert main([str(recorded), *arguments, "--out", str(out)]) == 0
     frame = pd.read_csv(out / "ekfac.csv")
-    assert list(frame.columns) == ["recording", "epoch", "algorithm", "link", "norm", "share"]
+    assert list(frame.columns) == ["recording", "epoch", "algorithm", "link", "norm", "share", "angle"]
     shares = frame[frame.link != "total"].groupby("algorithm").share.sum()
     assert np.allclose(shares, 1) and set(frame.link) == {*LINKS, "total"}
     assert {path.name for path in out.iterdir()} == {

@@ -132,6 +132,7 @@ CHOICES = {
     "algorithm": (*NO_NAME, "B-KFAC rank=2", "SENG", "FD"),
     "continuation": (*NO_NAME, "escaped"),
     "clip_by": NO_NAME,
+    "damping": given(*bad.NO_DAMPING, "own", "product=1", "cut=1"),
     "fisher": NO_NAME,
     "linear_application": (None, 3, "x", ["x"], ["1"], [3]),
     "policy": (
