@@ -18,11 +18,10 @@ from .damping import KINDS
 from .exceptions import InputError
 from .files import check_outputs, write_csv
 from .inverse import CONTINUATIONS, ESCAPED, check_phi
-from .metrics import METRICS
 from .process import Settings
 from .replay import replay
 from .stream import Array
-from .study import DAMPINGS, ErrorStudy, Row, averages, named_damping, table
+from .study import DAMPINGS, ErrorStudy, Row, averages, metrics_of, named_damping, table
 
 if TYPE_CHECKING:
     from .recording import LayerRecording
@@ -329,8 +328,8 @@ def _replay(arguments: argparse.Namespace) -> None:
         if arguments.plot is not None:
             from .plot import error_figure, save
 
-            there = [metric for metric in METRICS if metric in set(frame.metric)]
-            figure = error_figure(frame, there, block=layer.update_every, title=f"layer {layer.name}")
+            title = f"layer {layer.name}"
+            figure = error_figure(frame, metrics_of(frame), block=layer.update_every, title=title)
             save(figure, arguments.plot)
     print(averages(frame).to_markdown(index=False, floatfmt=".3g"))
 

@@ -26,7 +26,7 @@ from .process import Settings
 from .replay import replay
 from .rsvd import rsvd
 from .stream import Step, Window, Windows
-from .study import CERTIFIED, ErrorStudy, Row, table
+from .study import CERTIFIED, ErrorStudy, Row, metrics_of, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -255,7 +255,7 @@ class Report:
         grouped = part.groupby(["algorithm", "metric"]).value
         mean, low, high = (getattr(grouped, what)().unstack() for what in ("mean", "min", "max"))
         columns: dict[str, Any] = {}
-        for metric in (metric for metric in METRICS if metric in mean):
+        for metric in metrics_of(part):
             columns[metric] = [_spread(mean, low, high, name, metric) for name in order]
         for side, metric in CERTIFIED.items():
             if metric in mean:
@@ -319,11 +319,8 @@ class Report:
         from .plot import error_figure
 
         facts = self._find(layer)
-        part = self.table[self.table.layer == facts.name]
-        there = [metric for metric in METRICS if metric in set(part.metric)]
-        return error_figure(
-            part[part.metric.isin(there)], there, block=facts.every, title=_about(facts), dark=dark
-        )
+        part = self.table[(self.table.layer == facts.name) & self.table.metric.isin(METRICS)]
+        return error_figure(part, metrics_of(part), block=facts.every, title=_about(facts), dark=dark)
 
     def _find(self, layer: str | None) -> LayerFacts:
         if not self.layers:

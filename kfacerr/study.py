@@ -29,7 +29,17 @@ from .stream import Array, Step, Window, Windows, ordered
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["CERTIFIED", "DAMPINGS", "ErrorStudy", "Row", "averages", "by_window", "named_damping", "table"]
+__all__ = [
+    "CERTIFIED",
+    "DAMPINGS",
+    "ErrorStudy",
+    "Row",
+    "averages",
+    "by_window",
+    "metrics_of",
+    "named_damping",
+    "table",
+]
 
 DAMPINGS = ("own", "common")
 """lam = phi * lambda_max of each method's own representation, or the reference's lam for all.
@@ -80,6 +90,11 @@ def by_window(frame: "pd.DataFrame") -> "list[tuple[str, pd.DataFrame]]":
     ]
 
 
+def metrics_of(frame: "pd.DataFrame") -> list[str]:
+    """Those of the four metrics that a table has, in their order: the grid of products has (3) and (4) alone."""
+    return [metric for metric in METRICS if (frame.metric == metric).any()]
+
+
 def averages(frame: "pd.DataFrame") -> "pd.DataFrame":
     """The mean of every metric that is there over each window, algorithms in their order (Table 1's columns).
 
@@ -88,8 +103,7 @@ def averages(frame: "pd.DataFrame") -> "pd.DataFrame":
     order = list(dict.fromkeys(frame.algorithm))
     window = [name for name in ("epoch", "window") if name in frame]
     mean = frame.groupby([*window, "algorithm", "metric"]).value.mean().unstack()
-    there = [metric for metric in METRICS if metric in mean]
-    return mean.reindex(order, level="algorithm")[there].reset_index()
+    return mean.reindex(order, level="algorithm")[metrics_of(frame)].reset_index()
 
 
 class _Measured(NamedTuple):

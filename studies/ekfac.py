@@ -13,8 +13,9 @@ changes at a time, so that the differences add up to S - S*:
 
 lam_A and lam_G are the reference's, phi lambda_max (§6), and all but the first two have one lam. The norm of each
 difference d is given over |S*|, and its share <d, S - S*>/|S - S*|^2, negative where it makes up for others:
-shares add up to 1. The angle is what is left before the link: 1 - cos of the step that it starts from and S*. Means are over the windows; measured are the updates and one plain iteration between two,
-weighed by how many there are. DIR gets ekfac.csv, ekfac.md, ekfac.pdf and .png, and environment.json.
+shares add up to 1. The angle is what is left before it: 1 - cos of the step that it starts from and S*. Means are
+over the windows; measured are the updates and one plain iteration between two, weighed by how many there are. DIR
+gets ekfac.csv, ekfac.md, ekfac.pdf and .png, and environment.json.
 """
 
 import argparse

@@ -230,9 +230,9 @@ class KFACLayer(Layer):
 
         Args:
             k: the step.
-            phi: damping ratio, or
-            damping: a lam for each factor in its place.
+            phi: damping ratio.
             continuation: of the spectra.
+            damping: a lam for each factor in place of phi lambda_max.
 
         Returns:
             Both inverses.

@@ -65,8 +65,8 @@ def watch(
 
     Everything is computed where the columns are: in float64 on a CPU, in float32 on a GPU.
     An MLP 784-1024-512-10 at batch 128 then takes 1.5 times as long over 2700 steps (CPU time, middle layer, seven
-    algorithms), and twice as long over the first 900. Where a step takes a millisecond, it takes 3 times as long:
-    fewer `algorithms`, or a larger `every`, make it less.
+    algorithms), and twice as long over the first 900; where a step takes a millisecond, 3 times. Fewer algorithms
+    or a larger `every` make it less.
 
     Args:
         model: any module, trained inside the block by whatever calls it.
@@ -75,8 +75,7 @@ def watch(
         rank: r; an eighth of a layer's smaller dimension, at least 4 and at most 220, if None.
         rho: EA decay.
         phi: damping ratio.
-        damping: "own", phi lambda_max of each method's own representation; "common", the reference's; or one such
-            as "mean=0.1", see `kfacerr.damping`.
+        damping: as `ErrorStudy` takes it: "own" phi lambda_max, "common", or one such as "mean=0.1".
         continuation: of the spectrum.
         every: T_updt, optimizer steps between updates of the factors.
         windows: (first iteration, length) of each, or `Window`s, iterations counted from 0 in the block; one
