@@ -40,7 +40,8 @@ def means(split: pd.DataFrame) -> pd.DataFrame:
 
 def report(split: pd.DataFrame) -> str:
     """ekfac.md: each difference's norm over the natural gradient's, its share of the whole in brackets."""
-    rows, left = [], []
+    rows = []
+    left: list[tuple[str, ...]] = []
     for (epoch, algorithm), part in split.groupby(["epoch", "algorithm"], sort=False):
         by = part.set_index("link")
         cells = [f"{by.norm[link]:.2g} ({by.share[link]:.0%})" for link in LINKS]

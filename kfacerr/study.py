@@ -159,7 +159,7 @@ class ErrorStudy:
         }
         self.phi = phi
         self._damping = named_damping(damping)
-        self.damping = str(damping)
+        self.damping = str(self._damping or damping)
         self._joint = (
             None if self._damping is None or self._damping.separable else JointErrors(self._damping, self.factors)
         )
