@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _render(arguments: argparse.Namespace) -> None:
-    from figures import monitor, optimizers, render  # matplotlib, which --help needs not
+    from figures import monitor, optimizers, render, tasks  # matplotlib, which --help needs not
 
     folder: Path = arguments.run
     if not folder.is_dir():
@@ -26,6 +26,8 @@ def _render(arguments: argparse.Namespace) -> None:
     check_folder(folder)
     if (folder / "epochs.csv").exists():
         optimizers.render(folder)
+    elif (folder / "trials.csv").exists():
+        tasks.render(folder)
     elif (folder / "monitor.csv").exists() or (folder / "monitor.csv.gz").exists():
         monitor.render_monitor(folder)
     else:

@@ -27,10 +27,10 @@ from kfacerr.exceptions import InputError
 from kfacerr.files import write_text
 from kfacerr.plot import plain
 
-__all__ = ["accuracy_figure", "breakdown_figure", "render"]
+__all__ = ["OTHER", "STYLES", "accuracy_figure", "breakdown_figure", "render"]
 
 # Okabe-Ito colours, as in `kfacerr.plot`, by the paper's names; the line style tells them apart without colour.
-_STYLES: dict[str, tuple[str, Any]] = {
+STYLES: dict[str, tuple[str, Any]] = {
     "SENG": ("#CC79A7", "-"),
     "K-FAC": ("#000000", "-"),
     "R-KFAC": ("#0072B2", "-"),
@@ -41,7 +41,7 @@ _STYLES: dict[str, tuple[str, Any]] = {
     "SGD": ("#777777", ":"),
     "AdamW": ("#777777", "-."),
 }
-_OTHER = ("#777777", "--")
+OTHER = ("#777777", "--")
 _COLOURS = dict(zip(PARTS, ("#BBBBBB", "#56B4E9", "#D55E00", "#009E73", "#009E73", "#F0E442"), strict=True))
 
 
@@ -77,7 +77,7 @@ def accuracy_figure(epochs: pd.DataFrame, times: pd.DataFrame, targets: Sequence
     """Test accuracy against epochs and against time, epochs times t_epoch: mean over seeds, band min to max."""
     figure = Figure(figsize=(6.8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    styles = {name: _STYLES.get(paper_name(name, T_updt), _OTHER) for name in times.index}
+    styles = {name: STYLES.get(paper_name(name, T_updt), OTHER) for name in times.index}
     for name, (colour, line) in styles.items():
         curve = epochs[epochs.optimizer == name].groupby("epoch").test_accuracy.agg(["mean", "min", "max"])
         for ax, x in ((left, curve.index), (right, curve.index * times["mean"][name])):

@@ -120,6 +120,8 @@ _TEXT = (
     "link",
     "role",
     "continuation",
+    "task",
+    "stage",
 )
 
 

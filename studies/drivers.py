@@ -16,7 +16,7 @@ from torch import nn
 from kfacerr.algorithms import Algorithm
 from kfacerr.process import Settings
 from kfacerr.streaming import UPDATES
-from kfacerr.torch import KFAC, SENG
+from kfacerr.torch import KFAC, PAPER, SENG
 from studies import config as numbers
 from studies.config import TrainingConfig, cosine_learning_rate, family, seng_learning_rate
 
@@ -87,6 +87,8 @@ def _kfac(model: nn.Module, config: TrainingConfig, steps_per_epoch: int) -> tor
         policy[numbers.LAYER] = str(algorithm)
         own.pop("rank", None)
     settings: dict[str, Any] = {
+        **PAPER,
+        "lr": config.learning_rate,
         "policy": policy,
         "phi_corct": numbers.PHI_CORCT,
         "rank": schedules.rank,
@@ -103,7 +105,7 @@ def _kfac(model: nn.Module, config: TrainingConfig, steps_per_epoch: int) -> tor
         **config.periods(steps_per_epoch),
         **own,
     }
-    return KFAC(model, algorithm.base, lr=config.learning_rate, steps_per_epoch=steps_per_epoch, **settings)
+    return KFAC(model, algorithm.base, steps_per_epoch=steps_per_epoch, **settings)
 
 
 def _kfac_rate(config: TrainingConfig, epoch: int) -> float:

@@ -11,6 +11,9 @@ A study that is stopped, by --time-limit, --step-limit or Ctrl-C, goes on with -
 times the t_epoch that `studies.timing` takes of each optimizer alone, after the training; epochs.csv keeps what
 the clock said in each job, evaluation and checkpoints excluded. --timing-only does this last part alone: a study
 may be trained on a busy machine or a cluster (see `studies.jobs`), and timed on a quiet one.
+
+`--preset tasks` and `--preset search` are studies of their own, of other tasks and more rivals, see
+`studies.tasks.study`.
 """
 
 import argparse
@@ -49,6 +52,7 @@ from studies.jobs import (
     verdict,
     with_seeds,
 )
+from studies.tasks import study as tasks
 from studies.timing import Timing, time_drivers, write_timings
 from studies.training import Diverged, Training
 
@@ -247,8 +251,13 @@ def _run_row(state: dict[str, Any], preset: OptimizerPreset) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the study; returns the exit status: 0 (also when a limit stopped it), 2 bad input, 130 Ctrl-C."""
-    parser = Parser(prog="python -m studies.optimizers", description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", required=True, choices=tuple(OPTIMIZER_PRESETS))
+    program = "python -m studies.optimizers"
+    first = Parser(prog=program, add_help=False, allow_abbrev=False)
+    first.add_argument("--preset")
+    if first.parse_known_args(argv)[0].preset in tasks.PRESETS:
+        return tasks.main(argv)
+    parser = Parser(prog=program, description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", required=True, choices=(*OPTIMIZER_PRESETS, *tasks.PRESETS))
     add_data_arguments(parser)
     add_job_arguments(parser)
     parser.add_argument(

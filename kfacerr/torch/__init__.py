@@ -3,8 +3,19 @@
 from .follower import ColumnHooks
 from .kfac import KFAC
 from .linear import FactoredLinear, factored
-from .policy import FactorInfo
-from .seng import SENG
+from .policy import PAPER, FactorInfo
+from .seng import PAPER_SENG, SENG
 from .watch import Watch, watch
 
-__all__ = ["KFAC", "SENG", "ColumnHooks", "FactorInfo", "FactoredLinear", "Watch", "factored", "watch"]
+__all__ = [
+    "KFAC",
+    "PAPER",
+    "PAPER_SENG",
+    "SENG",
+    "ColumnHooks",
+    "FactorInfo",
+    "FactoredLinear",
+    "Watch",
+    "factored",
+    "watch",
+]

@@ -1,6 +1,6 @@
 """The K-FAC family as one torch optimizer: Algorithms 1, 4, 5 and 7, N- and W-KFAC, and Algorithm 8 as a switch.
 
-    optimizer = KFAC(model, "B-KFAC", lr=0.3, steps_per_epoch=len(loader))
+    optimizer = KFAC(model, "B-KFAC")
     for x, y in loader:
         optimizer.zero_grad()
         loss_function(model(x), y).backward()
@@ -93,12 +93,14 @@ class KFAC(LayerOptimizer):
             only steps that update factors are looked at; GradScaler looks at them all anyway.
         data_parallel: whether the processes of torch.distributed, if it is initialised, train one model; False if
             each trains its own.
-        **hyper: of §6 by name: T_updt, T_inv, T_brand, T_rsvd, T_corct (periods in steps; T_brand is 25, and 125
-            for B-KFAC and B-KFAC-C, if it is not given), phi_corct, rank, oversampling, n_pwr_it, phi_lambda and
-            rho. Each of these, and momentum, weight_decay and clip, may be a function of the epoch. Also
-            continuation ("min" of §3.5, "none" or "trace"), accumulate (Brand updates take the batches that
-            T_brand skips, too) and seed (of the sketches, the corrections' choices and the sampled labels).
-            See `kfacerr.torch.policy.DEFAULTS`.
+        **hyper: of §6 by name: T_updt, T_inv, T_brand, T_rsvd, T_corct (periods in steps; T_brand is T_updt, and
+            5 T_updt for B-KFAC and B-KFAC-C, if it is not given), phi_corct, rank, oversampling, n_pwr_it,
+            phi_lambda and rho. Each of these, and momentum, weight_decay and clip, may be a function of the epoch.
+            Also warm_up (no period is longer than a quarter of the steps taken so far; if it is not given, it is
+            done where no period is given), continuation ("trace", "min" of §3.5, or "none"), accumulate (Brand
+            updates take the batches that T_brand skips, too) and seed (of the sketches, the corrections' choices
+            and the sampled labels).
+            See `kfacerr.torch.policy.DEFAULTS`; for the paper's settings, `**kfacerr.torch.PAPER`.
 
     Attributes:
         epoch: the epoch that schedules see; may be set.
@@ -124,13 +126,13 @@ class KFAC(LayerOptimizer):
         algorithm: str = "R-KFAC",
         params: Iterable[Any] | None = None,
         *,
-        lr: float = 0.3,
+        lr: float = 0.03,
         policy: Mapping[str, LayerPolicy] | None = None,
         steps_per_epoch: int | None = None,
         clip: Scheduled | None = 0.07,
         clip_by: str = "layer",
-        weight_decay: Scheduled = 7e-4,
-        momentum: Scheduled = 0.0,
+        weight_decay: Scheduled = 0.0,
+        momentum: Scheduled = 0.9,
         linear_application: bool = True,
         fisher: str = "empirical",
         damping: str | Damping | None = None,
@@ -140,7 +142,7 @@ class KFAC(LayerOptimizer):
         **hyper: Unpack[Given],
     ) -> None:
         choice(algorithm, "algorithm", PRESETS)
-        choice(hyper.get("continuation", "min"), "continuation", CONTINUATIONS)
+        choice(hyper.get("continuation", "trace"), "continuation", CONTINUATIONS)
         choice(clip_by, "clip_by", ("layer", "kl"))
         choice(fisher, "fisher", ("empirical", "sampled"))
         if steps_per_epoch is not None:
@@ -193,7 +195,7 @@ class KFAC(LayerOptimizer):
         scheduled = self.schedules.vary or any(self._group_schedules)
         if scheduled and self._epoch is None and self.steps_per_epoch is None:
             raise InputError("schedules need the epoch: pass steps_per_epoch, or set optimizer.epoch")
-        return self.schedules.at(self.epoch)
+        return self.schedules.at(self.epoch, self.k)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As for any optimizer. Layers whose weight comes in are preconditioned from now on."""
@@ -327,7 +329,7 @@ class KFAC(LayerOptimizer):
         if state["epoch"] is not None:
             whole(state["epoch"], "the epoch")
         # The epoch may be unknown as yet: a factor takes the values of its own at its next update.
-        settings = self.schedules.at(self._epoch_of(state["k"], state["epoch"])).settings
+        settings = self.schedules.at(self._epoch_of(state["k"], state["epoch"]), state["k"]).settings
         layers = [self.layers[name].restored(saved, settings) for name, saved in state["layers"].items()]
 
         def take() -> None:

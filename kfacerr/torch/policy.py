@@ -13,13 +13,14 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 
 from ..algorithms import Algorithm
-from ..checks import whole
+from ..checks import switch, whole
 from ..exceptions import InputError
 from ..inverse import check_phi
 from ..process import Process, Settings
 
 __all__ = [
     "DEFAULTS",
+    "PAPER",
     "PRESETS",
     "SGD",
     "Choice",
@@ -61,20 +62,25 @@ class Preset(NamedTuple):
     """One algorithm of §6: B- variants on the first FC layer only, R-KFAC on all others (§3.5).
 
     N-KFAC, which needs nothing dense however many columns come, is on all layers with room for it.
+
+    Attributes:
+        first_fc: algorithm of the first fully connected layer.
+        others: of all others.
+        updates: of the factors that there is one Brand update in; §6 has T_brand = 125 for T_updt = 25.
     """
 
     first_fc: str
     others: str
-    T_brand: int = 25
+    updates: int = 1
 
 
 PRESETS = {
     "K-FAC": Preset("K-FAC", "K-FAC"),
     "R-KFAC": Preset("R-KFAC", "R-KFAC"),
     "SRE-KFAC": Preset("SRE-KFAC", "SRE-KFAC"),
-    "B-KFAC": Preset("B-KFAC", "R-KFAC", T_brand=125),
-    "B-R-KFAC": Preset("B-R-KFAC", "R-KFAC", T_brand=25),
-    "B-KFAC-C": Preset("B-KFAC-C", "R-KFAC", T_brand=125),
+    "B-KFAC": Preset("B-KFAC", "R-KFAC", updates=5),
+    "B-R-KFAC": Preset("B-R-KFAC", "R-KFAC"),
+    "B-KFAC-C": Preset("B-KFAC-C", "R-KFAC", updates=5),
     "N-KFAC": Preset("N-KFAC", "N-KFAC"),
     "W-KFAC": Preset("W-KFAC", "W-KFAC"),
 }
@@ -100,13 +106,39 @@ class Given(TypedDict, total=False):
     rho: Scheduled
     continuation: str
     accumulate: bool
+    warm_up: bool | None
     seed: int
 
 
 DEFAULTS: Given = {
+    "T_updt": 10,
+    "T_inv": 100,
+    "T_brand": None,
+    "T_rsvd": 100,
+    "T_corct": 200,
+    "phi_corct": 0.5,
+    "rank": 220,
+    "oversampling": 10,
+    "n_pwr_it": 4,
+    "phi_lambda": 0.01,
+    "rho": 0.95,
+    "continuation": "trace",
+    "accumulate": False,
+    "warm_up": None,
+    "seed": 0,
+}
+"""Found by a small search over tasks, see docs/recipes.md.
+
+T_brand is a preset's multiple of T_updt if None. Periods warm up if warm_up is None and none of them is given.
+"""
+
+PAPER: dict[str, Any] = {
+    "lr": 0.3,
+    "clip": 0.07,
+    "weight_decay": 7e-4,
+    "momentum": 0.0,
     "T_updt": 25,
     "T_inv": 250,
-    "T_brand": None,
     "T_rsvd": 250,
     "T_corct": 500,
     "phi_corct": 0.5,
@@ -116,10 +148,10 @@ DEFAULTS: Given = {
     "phi_lambda": 0.1,
     "rho": 0.95,
     "continuation": "min",
-    "accumulate": False,
-    "seed": 0,
 }
-"""Those of §6. T_brand is the preset's if None."""
+"""The settings of §6 at its first epoch (VGG16_bn, CIFAR-10, batches of 256): `KFAC(model, name, **PAPER)`."""
+
+_PERIODS = ("T_updt", "T_inv", "T_brand", "T_rsvd", "T_corct")
 
 
 class Hyper(NamedTuple):
@@ -156,22 +188,24 @@ class Schedules:
         if unknown := set(given) - set(DEFAULTS):
             raise TypeError(f"KFAC has no argument {', '.join(sorted(unknown))}")
         self._given: dict[str, Any] = {**DEFAULTS, **given}
-        if self._given["T_brand"] is None:
-            self._given["T_brand"] = preset.T_brand
-        self._held: tuple[int, Hyper] | None = None
+        self._updates = preset.updates
+        warm_up = self._given.pop("warm_up")
+        self.warm_up = not set(_PERIODS) & set(given) if warm_up is None else switch(warm_up, "warm_up")
+        self._held: tuple[tuple[int, int], Hyper] | None = None
         if not self.vary:
-            self.at(0)  # a bad value is refused now
+            self.at(0, 0)  # a bad value is refused now
 
     @property
     def vary(self) -> bool:
         """Whether any is a function of the epoch."""
         return any(callable(value) for value in self._given.values())
 
-    def at(self, epoch: int) -> Hyper:
-        """The values in an epoch.
+    def at(self, epoch: int, k: int) -> Hyper:
+        """The values of a step.
 
         Args:
-            epoch: counted from 0.
+            epoch: of the step, counted from 0.
+            k: the step, counted from 0.
 
         Returns:
             Numbers.
@@ -179,12 +213,23 @@ class Schedules:
         Raises:
             InputError: a value is out of range.
         """
-        if self._held is None or self._held[0] != epoch:
+        longest = self.longest(k)
+        if self._held is None or self._held[0] != (epoch, longest):
             values = {name: value(epoch) if callable(value) else value for name, value in self._given.items()}
+            values["T_updt"] = whole(values["T_updt"], "T_updt", 1)
+            if values["T_brand"] is None:
+                values["T_brand"] = self._updates * values["T_updt"]
+            for name in _PERIODS:
+                period = whole(values[name], name, 1)
+                values[name] = min(period, longest) if longest else period
             T_updt, phi = values.pop("T_updt"), values.pop("phi_lambda")
             check_phi(phi)
-            self._held = epoch, Hyper(Settings(**values), whole(T_updt, "T_updt", 1), float(phi))
+            self._held = (epoch, longest), Hyper(Settings(**values), T_updt, float(phi))
         return self._held[1]
+
+    def longest(self, k: int) -> int:
+        """The longest period at step k in the warm-up: the power of 2 in (k/8, k/4], or 1; 0 for no limit."""
+        return 1 << max(0, k.bit_length() - 3) if self.warm_up else 0
 
 
 def choice_of_side(policy: LayerPolicy, side: str) -> Choice:

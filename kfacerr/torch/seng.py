@@ -39,9 +39,18 @@ from .follower import Capture, shared_parameters
 from .layer_optimizer import LayerOptimizer, unwrapped
 from .linear import finite_gradients
 
-__all__ = ["SENG", "seng_learning_rate"]
+__all__ = ["PAPER_SENG", "SENG", "seng_learning_rate"]
 
 logger = logging.getLogger(__name__)
+
+PAPER_SENG: dict[str, Any] = {
+    "lr": 0.05,
+    "damping": 2.0,
+    "momentum": 0.9,
+    "weight_decay": 1e-2,
+    "update_every": 200,
+}
+"""The settings of supplement D: `SENG(model, **PAPER_SENG)`, with `seng_learning_rate` as its schedule."""
 
 _BATCH_NORM = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
@@ -92,9 +101,9 @@ class SENGLayer(Layer):
 
 
 class SENG(LayerOptimizer):
-    """Sketchy empirical natural gradient descent; defaults of supplement D, formulas in the module docstring.
+    """Sketchy empirical natural gradient descent; formulas in the module docstring, defaults in docs/recipes.md.
 
-        optimizer = SENG(model, lr=0.05, damping=2.0)
+        optimizer = SENG(model)  # with the settings of supplement D: SENG(model, **PAPER_SENG)
         optimizer.zero_grad()
         loss_function(model(x), y).backward()     # the loss averaged over the batch
         optimizer.step()
@@ -103,9 +112,9 @@ class SENG(LayerOptimizer):
     of any other parameter (grouped convolutions, layer norms, weights shared by two modules, ...) is divided by
     `1 + damping`, and those are logged once, at construction. The direction d then goes through SGD with momentum
     and a weight decay that is coupled as in SGD but not preconditioned: `buf = momentum buf + d + weight_decay p`,
-    `p -= lr buf`. This is what the authors' code does and what weight_decay = 1e-2 is tuned for: inside the
-    preconditioner the decay would be halved (damping 2), outside the momentum it would be a tenth. `.grad` is left
-    as it is.
+    `p -= lr buf`. This is what the authors' code does and what their weight_decay = 1e-2 is tuned for:
+    inside the preconditioner the decay would be halved (damping 2), outside the momentum it would be a tenth.
+    `.grad` is left as it is.
 
     The per-sample gradients are captured at the first step and then at every `update_every`-th one, and are reused
     in between; a skipped step does not count. Micro-batches (each loss divided by their number) give the curvature
@@ -151,12 +160,12 @@ class SENG(LayerOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.05,
+        lr: float = 0.03,
         *,
-        damping: float = 2.0,
+        damping: float = 0.5,
         momentum: float = 0.9,
-        weight_decay: float = 1e-2,
-        update_every: int = 200,
+        weight_decay: float = 0.0,
+        update_every: int = 50,
         fim_col_sample_size: int | None = 128,
         im_size_threshold: int = 700_000,
         svd_rank: int | None = 16,

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from kfacerr.exceptions import InputError
-from kfacerr.torch import KFAC, SENG
+from kfacerr.torch import KFAC, PAPER, SENG
 from studies.bench.yardsticks import PHI, RHO
 from studies.config import PAPER_STEPS, TrainingConfig
 
@@ -184,13 +184,10 @@ def _kfac(algorithm: str) -> Callable[[nn.Sequential, Setting], Step]:
         optimizer = KFAC(
             network,
             algorithm,
-            lr=setting.lr,
-            **periods,
-            rank=setting.problem.rank,
-            phi_lambda=PHI,
-            rho=RHO,
-            clip=None,
-            weight_decay=0.0,
+            **PAPER
+            | periods
+            | {"lr": setting.lr, "rank": setting.problem.rank, "phi_lambda": PHI, "rho": RHO}
+            | {"clip": None, "weight_decay": 0.0},
         )
         return _stepping(network, optimizer)
 

@@ -205,6 +205,7 @@ class _LayerStep:
             lr=1e-3,
             T_updt=lambda epoch: 10**9 if epoch else 1,
             T_brand=1,
+            momentum=0.0,
         )
         for epoch, steps in ((0, 2 + -(-r // n)), (1, 1)):
             self.optimizer.epoch = epoch

@@ -44,7 +44,7 @@ def test_what_the_family_shares_is_the_papers(driver: str) -> None:
         (35, 230, 12, 0.01),
         (49, 230, 12, 0.01),
     ):
-        hyper = optimizer.schedules.at(epoch)
+        hyper = optimizer.schedules.at(epoch, 0)
         settings = hyper.settings
         assert (settings.rank, settings.oversampling, hyper.phi_lambda) == (rank, oversampling, phi)
         assert (settings.rho, settings.n_pwr_it, hyper.T_updt, settings.phi_corct) == (0.95, 4, 25, 0.5)
@@ -61,7 +61,7 @@ def test_the_optimizer_has_the_periods_of_its_driver(driver: str, T_updt: int) -
     optimizer = paper_optimizer(driver, T_updt)
     assert isinstance(optimizer, KFAC)
     assert driver.split()[0] == optimizer.algorithm
-    hyper = optimizer.schedules.at(0)
+    hyper = optimizer.schedules.at(0, 0)
     periods = paper_config(driver, T_updt).periods(PAPER_STEPS)
     assert hyper.T_updt == periods.pop("T_updt")
     assert {name: getattr(hyper.settings, name) for name in periods} == periods
@@ -70,7 +70,7 @@ def test_the_optimizer_has_the_periods_of_its_driver(driver: str, T_updt: int) -
 def test_settings_in_a_name_stand() -> None:
     optimizer = paper_optimizer("B-KFAC T_brand=50 rank=61 continuation=trace")
     assert isinstance(optimizer, KFAC)
-    settings = optimizer.schedules.at(20).settings
+    settings = optimizer.schedules.at(20, 0).settings
     assert (settings.T_brand, settings.rank, settings.continuation) == (50, 61, "trace")
     assert settings.T_inv == 250
 
@@ -87,7 +87,7 @@ def test_beyond_the_paper_settings_in_a_name_are_the_measured_layers(driver: str
     assert isinstance(optimizer, KFAC)
     named = optimizer.layers["fc0"].policy
     assert (named, optimizer.layers["fc1"].policy) == (driver, driver.split()[0])
-    settings = optimizer.schedules.at(0).settings
+    settings = optimizer.schedules.at(0, 0).settings
     assert settings.rank == 220
     assert settings.continuation == ("trace" if "trace" in driver else "min")
 

@@ -11,7 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kfacerr.torch import KFAC, SENG
 
 ALGORITHMS = ["K-FAC", "R-KFAC", "SRE-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C", "N-KFAC", "W-KFAC"]
-BUSY = {"lr": 0.1, "rank": 5, "T_updt": 2, "T_inv": 4, "T_brand": 4, "T_rsvd": 4, "T_corct": 4, "momentum": 0.5}
+BUSY = {
+    "lr": 0.1,
+    "rank": 5,
+    "T_updt": 2,
+    "T_inv": 4,
+    "T_brand": 4,
+    "T_rsvd": 4,
+    "T_corct": 4,
+    "momentum": 0.5,
+    "phi_lambda": 0.1,
+}
 """Every part of every algorithm at work within ten steps, sketches included."""
 
 

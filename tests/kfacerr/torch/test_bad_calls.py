@@ -27,8 +27,8 @@ from tests.bad import (
     given,
 )
 
-VALUES = {"FactorInfo", "FactoredLinear", "Watch"}
-"""What is told, a drop-in with the arguments of torch's own, and what `watch` makes."""
+VALUES = {"PAPER", "PAPER_SENG", "FactorInfo", "FactoredLinear", "Watch"}
+"""Settings, what is told, a drop-in with the arguments of torch's own, and what `watch` makes."""
 
 x, y = torch.ones(5, 6), torch.arange(5) % 3
 NO_MODULE = ("x", 3, None)

@@ -18,7 +18,7 @@ from kfacerr.damping import Damping, Scale
 from kfacerr.inverse import DenseInverse
 from kfacerr.process import Estimate, Process
 from kfacerr.rsvd import evd
-from kfacerr.torch import KFAC
+from kfacerr.torch import KFAC, PAPER
 from kfacerr.torch._direction import Product
 from kfacerr.torch._kfac_layer import process_of
 from tests import reference
@@ -34,7 +34,7 @@ from tests.kfacerr.torch.cases import (
     wide_images,
 )
 
-STEP_ONLY = {"lr": 1.0, "clip": None, "weight_decay": 0.0, "T_updt": 1, "T_inv": 1, "T_brand": 1}
+STEP_ONLY = {"lr": 1.0, "clip": None, "momentum": 0.0, "T_updt": 1, "T_inv": 1, "T_brand": 1}
 """Under these the parameters change by exactly -S."""
 
 
@@ -444,7 +444,7 @@ def test_algorithm_8_takes_the_steps_of_algorithm_1(make, algorithm, caplog):
 
 def test_algorithm_8_is_used_for_the_layers_with_fewer_columns_than_dimensions():
     net = mlp()
-    optimizer = KFAC(net, "B-KFAC", rank=4)
+    optimizer = KFAC(net, "B-KFAC", rank=4, T_updt=10)
     train(net, optimizer, [vectors(0, b=10)])
     assert {name: layer.linear for name, layer in optimizer.layers.items()} == {"0": True, "2": False}
     assert optimizer._follower.active == {"0"}
@@ -670,3 +670,61 @@ def test_every_variant_trains_an_ill_conditioned_problem_faster_than_sgd():
     sgd = min(final_loss(lambda net, lr=lr: torch.optim.SGD(net.parameters(), lr=lr)) for lr in (0.3, 1.0, 3.0))
     for name in ("K-FAC", "R-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C"):
         assert min(final_loss(kfac(name, lr)) for lr in (0.1, 0.3, 1.0)) < 0.5 * sgd, name
+
+
+def test_periods_that_are_not_given_warm_up():
+    """No period is longer than a quarter of the steps taken, until it is what it is."""
+    net = mlp()
+    optimizer = KFAC(net, "B-KFAC", rank=4)
+    seen = []
+    for k in range(64):
+        if optimizer.k % optimizer.hyper.T_updt == 0:
+            seen.append(k)
+        settings = optimizer.hyper.settings
+        longest = max(1, 2 ** (k.bit_length() - 3))
+        assert (settings.T_inv, settings.T_brand, settings.T_corct) == (
+            min(100, longest),
+            min(50, longest),
+            min(200, longest),
+        )
+        optimizer.k += 1
+    assert seen == [*range(8), *range(8, 16, 2), *range(16, 32, 4), *range(32, 64, 8)]
+    optimizer.k = 10**4
+    assert optimizer.hyper.configuration().items() >= {"T_inv": 100, "T_brand": 50, "T_corct": 200}.items()
+    assert optimizer.hyper.T_updt == 10
+
+
+@pytest.mark.parametrize(
+    ("given", "T_inv"), [({"T_updt": 5}, 100), ({"T_updt": 5, "warm_up": True}, 1), ({"warm_up": False}, 100)]
+)
+def test_periods_that_are_given_hold_from_the_first_step(given, T_inv):
+    optimizer = KFAC(mlp(), "R-KFAC", **given)
+    assert optimizer.hyper.settings.T_inv == T_inv
+
+
+def test_the_papers_settings_are_to_be_had_by_name():
+    optimizer = KFAC(mlp(), "B-KFAC", **PAPER)
+    hyper, settings = optimizer.hyper, optimizer.hyper.settings
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["clip"], group["momentum"], group["weight_decay"]) == (0.3, 0.07, 0.0, 7e-4)
+    assert (hyper.T_updt, settings.T_inv, settings.T_brand, settings.T_rsvd, settings.T_corct) == (
+        25,
+        250,
+        125,
+        250,
+        500,
+    )
+    assert (hyper.phi_lambda, settings.rank, settings.continuation, settings.rho) == (0.1, 220, "min", 0.95)
+    assert KFAC(mlp(), "B-R-KFAC", **PAPER).hyper.settings.T_brand == 25
+
+
+def test_a_warm_up_that_was_interrupted_goes_on():
+    batches = [vectors(k) for k in range(20)]
+    straight, first, resumed = mlp(), mlp(), mlp()
+    train(straight, KFAC(straight, "R-KFAC", rank=4), batches)
+    before, after = KFAC(first, "R-KFAC", rank=4), KFAC(resumed, "R-KFAC", rank=4)
+    train(first, before, batches[:9])
+    resumed.load_state_dict(first.state_dict())
+    after.load_state_dict(before.state_dict())
+    train(resumed, after, batches[9:])
+    assert torch.equal(parameters(resumed), parameters(straight))

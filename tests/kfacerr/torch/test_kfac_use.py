@@ -262,7 +262,7 @@ def test_exact_kfac_inverts_in_float64_where_float32_fails(monkeypatch):
 
 def test_exact_kfac_keeps_the_previous_inverse_where_there_is_none(monkeypatch):
     net = mlp()
-    optimizer = KFAC(net, "K-FAC", **{**BUSY, "T_updt": 1, "T_inv": 2})
+    optimizer = KFAC(net, "K-FAC", **{**BUSY, "T_updt": 1, "T_inv": 2, "phi_lambda": 0.1}, continuation="min")
     train(net, optimizer, [vectors(0), vectors(1)])
     factor = optimizer.layers["0"].factors["A"]
     (name,) = factor.processes
@@ -361,7 +361,7 @@ def test_a_dead_layer_gets_the_plain_gradient_and_no_nan(algorithm, caplog):
 def test_a_wide_layer_allocates_nothing_larger_than_its_weight(algorithm, process, linear):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16384, 48, bias=False), nn.Tanh(), nn.Linear(48, 10))
-    optimizer = KFAC(net, algorithm, rank=8, T_updt=1, T_brand=1, linear_application=linear)
+    optimizer = KFAC(net, algorithm, rank=8, T_updt=1, T_brand=1, momentum=0.0, linear_application=linear)
     with New(1) as new:
         for k in range(7):  # N-KFAC re-bases at the sixth update
             g = torch.Generator().manual_seed(k)

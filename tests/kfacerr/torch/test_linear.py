@@ -448,7 +448,8 @@ def test_a_checkpoint_of_linear_layers_resumes_with_the_drop_in_and_back():
 def test_a_step_that_is_not_formed_is_the_step(dtype, options):
     """Clip, weight decay and momentum of a product, against those of a matrix."""
     nets = [mlp(dtype), mlp(dtype)]
-    given = {"rank": 4, "lr": 0.1, "clip": 0.05, "weight_decay": 0.1, "T_updt": 1, "T_brand": 1, **options}
+    given = {"rank": 4, "lr": 0.1, "clip": 0.05, "weight_decay": 0.1, "T_updt": 1, "T_brand": 1}
+    given |= {"momentum": 0.0, "phi_lambda": 0.1, "continuation": "min", **options}
     for net, by_columns in zip(nets, (False, True), strict=True):
         optimizer = KFAC(net, "B-KFAC", **given, linear_application=by_columns)
         train(net, optimizer, [vectors(k, dtype=dtype) for k in range(4)])
@@ -485,7 +486,7 @@ def test_a_training_step_of_a_wide_layer_allocates_nothing_of_its_weights_size(b
     """With d_A = 16384 a dense factor would be 64 times the weight. Algorithm 1 has the gradient and the step."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(16384, 256, bias=False), nn.Tanh(), nn.Linear(256, 10))
-    optimizer = KFAC(net, "B-KFAC", rank=8, T_updt=1, T_brand=1, linear_application=by_columns)
+    optimizer = KFAC(net, "B-KFAC", rank=8, T_updt=1, T_brand=1, momentum=0.0, linear_application=by_columns)
     counts, largest = [], 0
     for k in range(3):
         g = torch.Generator().manual_seed(k)
