@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 
 from figures.ekfac import LINKS
-from kfacerr.algorithms import Algorithm
 from kfacerr.metrics import angle_error, norm_error
 from kfacerr.process import Settings
 from kfacerr.recorder import RecordingWriter
@@ -79,21 +78,6 @@ def test_independent_inputs_and_gradients_leave_damping_alone():
     fresh = frame[frame.algorithm == NAMES[1]].pivot_table(index="k", columns="metric", values="value")
     assert fresh[["norm eigenvalues", "norm Kronecker"]].to_numpy().max() < 1e-9
     assert fresh["norm damping"].min() > 1e-3 and np.allclose(fresh["share damping"], 1)
-
-
-@pytest.mark.parametrize(
-    ("name", "fresh"),
-    [
-        ("K-FAC T_inv=50", "K-FAC T_inv=10"),
-        ("R-KFAC rank=7", "R-KFAC T_inv=10 rank=7"),
-        ("R-KFAC T_inv=10 continuation=trace", "R-KFAC T_inv=10 continuation=trace"),
-        ("B-KFAC T_brand=20", "B-KFAC T_brand=10"),
-        ("B-R-KFAC T_rsvd=50", "B-R-KFAC T_rsvd=50"),
-        ("N-KFAC s=8", "N-KFAC s=8"),
-    ],
-)
-def test_fresh_is_the_same_with_an_estimate_at_every_update(name, fresh):
-    assert str(Algorithm.parse(name).fresh(Settings(), 10)) == fresh
 
 
 def test_the_command_writes_a_table_and_a_figure(tmp_path, capsys):
