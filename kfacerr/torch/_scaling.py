@@ -1,7 +1,10 @@
-"""Whether .grad was unscaled and the columns were not: what a GradScaler leaves where nobody declares its scale.
+"""The loss scale: .grad is unscaled before a step, and the columns, which hooks caught in the backward, are not.
 
-`scaler.step()` divides .grad by the scale; the columns, which the hooks caught in the backward, keep it. Without
-`loss_scale` the factors G G^T are then scale^2 too large and the step is scale too short, with no other sign.
+Without the scale the factors G G^T are scale^2 too large and the step is scale too short, with no other sign.
+
+A GradScaler says it to an optimizer that unscales .grad itself, as torch's fused ones do: `scaler.step` looks for
+Inf in .grad, sets `grad_scale` and `found_inf` on the optimizer, and calls its `step`. After `scaler.unscale_` it
+sets `found_inf` alone, and the scale must be declared. So must one by hand; `ScaleCheck` sees if it is not.
 """
 
 import math
@@ -14,8 +17,18 @@ from torch import Tensor
 from ..checks import positive
 from ..exceptions import InputError
 from .distributed import Team
+from .linear import formed
 
-__all__ = ["ScaleCheck", "ScaleProbe", "probe", "read_scale"]
+__all__ = [
+    "ScaleCheck",
+    "ScaleProbe",
+    "forget_scaler",
+    "is_declared",
+    "overflowed",
+    "probe",
+    "read_scale",
+    "scale_of_step",
+]
 
 _LEAST = 2**8  # a GradScaler starts from 2^16
 
@@ -23,6 +36,63 @@ _LEAST = 2**8  # a GradScaler starts from 2^16
 def read_scale(loss_scale: float | Callable[[], float]) -> float:
     """The loss scale as it is now; an InputError if it is no scale."""
     return positive(loss_scale() if callable(loss_scale) else loss_scale, "loss_scale")
+
+
+def is_declared(loss_scale: float | Callable[[], float]) -> bool:
+    """Whether the user says what the loss is multiplied with."""
+    return callable(loss_scale) or loss_scale != 1.0
+
+
+def scale_of_step(
+    optimizer: torch.optim.Optimizer, loss_scale: float | Callable[[], float], k: int
+) -> float | None:
+    """The scale of the columns, after which .grad has none; what a GradScaler says waits for the device.
+
+    Args:
+        optimizer: whose step is running.
+        loss_scale: what counts if no GradScaler says anything.
+        k: the step.
+
+    Returns:
+        The scale; None if a gradient has overflowed and the step is not to be taken.
+
+    Raises:
+        InputError: .grad was unscaled before, so that nothing says by what, or is float16 and would underflow.
+    """
+    given, overflow = (vars(optimizer).get(name) for name in _TOLD)
+    if overflow is None:
+        return read_scale(loss_scale)
+    if given is None:
+        raise InputError(
+            f"step {k}: scaler.unscale_() came before scaler.step(), as for clipping, and then nothing says the "
+            "scale of the columns: pass loss_scale=scaler.get_scale"
+        )
+    scale, overflow = torch.stack([given.double(), torch.as_tensor(overflow).to(given.device).double()]).tolist()
+    if overflow:
+        return None
+    positive(scale, "the GradScaler's scale")
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if (g := formed(p)) is not None:
+                if g.dtype == torch.float16:
+                    raise InputError("a GradScaler needs float32 parameters and autocast, and these are float16")
+                (g._values() if g.is_sparse else g).mul_(1 / scale)
+    return float(scale)
+
+
+_TOLD = "grad_scale", "found_inf"
+"""Attributes that `GradScaler.step` sets on an optimizer with `_step_supports_amp_scaling`."""
+
+
+def overflowed(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a GradScaler called a step that is not to be taken, as it does where the optimizer unscales."""
+    return bool(vars(optimizer).get("found_inf", False))
+
+
+def forget_scaler(optimizer: torch.optim.Optimizer) -> None:
+    """After an error, where `GradScaler.step` would leave them for the next step."""
+    for name in _TOLD:
+        vars(optimizer).pop(name, None)
 
 
 class ScaleProbe(NamedTuple):
@@ -41,7 +111,7 @@ class ScaleCheck:
 
     def is_open(self, loss_scale: float | Callable[[], float]) -> bool:
         """Whether nobody knows as yet."""
-        return not (self._known or callable(loss_scale) or loss_scale != 1.0)
+        return not (self._known or is_declared(loss_scale))
 
     def look(self, probes: Iterable[ScaleProbe], team: Team, k: int) -> None:
         """Looks at all layers of step k; waits for the device.
@@ -63,8 +133,8 @@ class ScaleCheck:
         scale = _lost_scale(have, want, any(p.half for p in probes))
         if scale is not None:
             raise InputError(
-                f"step {k}: .grad is {scale:g} times smaller than G A^T of the columns, in all layers: with a "
-                "GradScaler pass loss_scale=scaler.get_scale (if .grad is meant to be, loss_scale=lambda: 1.0)"
+                f"step {k}: .grad is {scale:g} times smaller than G A^T of the columns, in all layers: pass the "
+                "loss's scale as loss_scale (loss_scale=lambda: 1.0 if .grad is meant to be smaller)"
             )
         self._known = True
 

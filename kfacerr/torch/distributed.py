@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..factor import KFactor
 from ..process import Process
@@ -224,7 +224,11 @@ def _process(job: Job) -> Process:
     return process
 
 
-def is_sharded(p: Tensor) -> bool:
-    """Whether a parameter is spread over processes, as `fully_shard` leaves it."""
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module's own parameters are spread over processes, as FSDP of either kind leaves them."""
+    if getattr(
+        module, "_is_fsdp_managed_module", False
+    ):  # flat parameters (FullyShardedDataParallel) have no mark
+        return True
     tensor = sys.modules.get("torch.distributed.tensor")  # where nobody imported it there is none
-    return tensor is not None and isinstance(p, tensor.DTensor)
+    return tensor is not None and any(isinstance(p, tensor.DTensor) for p in module._parameters.values())

@@ -25,6 +25,7 @@ from ..inverse import CONTINUATIONS
 from ._kfac_layer import KFACLayer
 from ._kfac_step import KFACStep
 from ._likelihoods import LIKELIHOODS
+from ._scaling import read_scale
 from .columns import is_linear
 from .distributed import Team
 from .follower import Capture, shared_parameters, unfollowable
@@ -86,9 +87,8 @@ class KFAC(LayerOptimizer):
         fisher: "empirical" or "sampled"; see `sample_fisher`.
         damping: a lam for each factor in place of phi_lambda lambda_max, "mean=0.1", "lam=1e-3" or "pi=1e-3", see
             `kfacerr.damping`.
-        loss_scale: see `LayerOptimizer`; for a GradScaler pass `scaler.get_scale`. If it is left at 1, the first
-            update refuses a .grad that is smaller than the columns' by one power of two in all layers, from 2^8
-            on: a scale that nobody declared.
+        loss_scale: see `LayerOptimizer`. If it is left at 1, the first update refuses a .grad that is smaller than
+            the columns' by one power of two in all layers, from 2^8 on: a scale that nobody declared.
         skip_nonfinite: look at every step for NaN and Inf, which makes the host wait for the device. Without it,
             only steps that update factors are looked at; GradScaler looks at them all anyway.
         data_parallel: whether the processes of torch.distributed, if it is initialised, train one model; False if
@@ -205,6 +205,9 @@ class KFAC(LayerOptimizer):
         super().add_param_group({**param_group, **now})
         self._group_schedules.append(scheduled)
 
+    def _keeps_momentum(self, i: int) -> bool:
+        return super()._keeps_momentum(i) or "momentum" in self._group_schedules[i]
+
     def _check_group(self, group: Mapping[str, Any]) -> None:
         super()._check_group(group)
         if group["clip"] is not None and not (is_number(group["clip"]) and group["clip"] > 0):
@@ -277,7 +280,8 @@ class KFAC(LayerOptimizer):
         seeds = np.random.SeedSequence([self.hyper.settings.seed, self.k, self._samples, *own])
         generator = torch.Generator(output.device).manual_seed(int(seeds.generate_state(1)[0]))
         self._samples += 1
-        scale = self._read_scale()  # keeps a half-precision backward in range
+        scale = read_scale(self.loss_scale)  # keeps a half-precision backward in range
+        self._tell_scale(scale)
         with torch.autocast(output.device.type, enabled=False):
             loss = likelihood(output if output.dtype == torch.float64 else output.float(), generator)
         self._follower.forget()

@@ -21,7 +21,7 @@ from ..exceptions import InputError
 from ._direction import Direction, descend
 from ._layer import Layer
 from ._precision import full_precision
-from ._scaling import ScaleCheck, read_scale
+from ._scaling import ScaleCheck, forget_scaler, is_declared, read_scale, scale_of_step
 from .distributed import Team, is_sharded
 from .follower import Capture, Follower, release, shared_parameters, unfollowable
 from .linear import forget
@@ -47,7 +47,8 @@ class LayerOptimizer(torch.optim.Optimizer):
         params: parameters or groups; all of the model's if None.
         defaults: of the parameter groups; "lr", "momentum" and "weight_decay" among them.
         loss_scale: what the loss is multiplied with before `backward()`, while .grad is unscaled before `step()`;
-            or a function that gives it, as `scaler.get_scale`.
+            or a function that gives it. A GradScaler says its scale itself, unless `scaler.unscale_(optimizer)`
+            comes before its step, as for clipping: then pass `scaler.get_scale`.
         skip_nonfinite: look at every step for NaN and Inf, and not only where something is updated.
         data_parallel: whether the processes of torch.distributed, if it is initialised, train one model.
         left_out: names of layers that are not to be preconditioned.
@@ -120,7 +121,11 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     def _own_state(self) -> dict[str, Any]:
         """What there is beside the state of any optimizer: live arrays and plain values."""
-        return {"k": self.k, "layers": {name: layer.state_dict() for name, layer in self.layers.items()}}
+        return {"k": self.k, "layers": tuple((name, layer.state_dict()) for name, layer in self.layers.items())}
+
+    def _keeps_momentum(self, i: int) -> bool:
+        """Whether parameters of group i have, or will have, a buffer of their momentum."""
+        return bool(self.param_groups[i]["momentum"])
 
     def _unfollowable(self, module: nn.Module) -> str | None:
         """Why a module's kind cannot be preconditioned, or None if it can."""
@@ -129,12 +134,7 @@ class LayerOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: Mapping[str, Any]) -> None:
         """Refuses settings of a parameter group that are out of range."""
         for name in ("lr", "momentum", "weight_decay"):
-            if not is_number(group[name]):
-                raise InputError(f"{name} must be a number, got {group[name]!r}")
-            if not group[name] >= 0:
-                raise InputError(f"{name} must not be negative, got {group[name]}")
-            if group[name] == math.inf:
-                raise InputError(f"{name} must be finite, got {group[name]}")
+            _check_setting(name, group[name])
 
     def _undirected(self, grad: Tensor, group: Mapping[str, Any]) -> Tensor:
         """The direction of a parameter that no layer gave one to."""
@@ -147,11 +147,6 @@ class LayerOptimizer(torch.optim.Optimizer):
         self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         for p in self.param_groups[-1]["params"]:
-            if is_sharded(p):
-                raise InputError(
-                    f"{type(self).__name__} needs whole parameters, and these are sharded (fully_shard): use "
-                    "DistributedDataParallel"
-                )
             self._mine.add(p)
             self.state[p]  # torch.distributed.checkpoint takes a parameter without an entry for a missing one
         if hasattr(self, "_follower"):
@@ -169,6 +164,7 @@ class LayerOptimizer(torch.optim.Optimizer):
 
     def _follow(self) -> None:
         """Follows the layers that can be preconditioned and are not yet; tells the log about the rest."""
+        _refuse_sharded(self.model.named_modules())
         shared = shared_parameters(self.model)
         plain: dict[int, list[str]] = {logging.WARNING: [], logging.INFO: []}
         for name, module in self.model.named_modules():
@@ -224,8 +220,7 @@ class LayerOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As for any optimizer; drops the columns of the gradients it clears."""
         self._discard()
-        for group in self.param_groups:
-            forget(group["params"])  # before they are read, which would form them
+        forget(self._parameters())  # before they are read, which would form them
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -245,10 +240,21 @@ class LayerOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        try:
+            self._take_step()
+        except BaseException:
+            forget_scaler(self)
+            raise
+        return loss
+
+    def _take_step(self) -> None:
         self._check()
         captures = self._follower.take()
-        self._read_scale()
         try:
+            scale = scale_of_step(self, self.loss_scale, self.k)
+            if scale is None:
+                return  # a GradScaler takes no step then, and says nothing
+            self._tell_scale(scale)
             with full_precision(self._home.type) as self._rounding:
                 taken = self._advance(captures, Team(self.data_parallel))
         finally:
@@ -257,9 +263,8 @@ class LayerOptimizer(torch.optim.Optimizer):
         if taken:
             self.k += 1
         else:
-            self._say_skipped()
+            _say_skipped(self)
         self._switch()
-        return loss
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return (p for group in self.param_groups for p in group["params"])
@@ -275,33 +280,23 @@ class LayerOptimizer(torch.optim.Optimizer):
         up = torch.ones((), dtype=torch.bool, device=home)
         return torch.stack([up, *(flag.to(home) for flag in flags)]).all()
 
-    def _read_scale(self) -> float:
-        """The loss scale, which the layers are told."""
-        scale = read_scale(self.loss_scale)
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves .grad scaled for us, and says its scale: unless `loss_scale` says it."""
+        return not is_declared(self.loss_scale)
+
+    def _tell_scale(self, scale: float) -> None:
         for layer in self.layers.values():
             layer.loss_scale = scale
-        return scale
-
-    def _say_skipped(self) -> None:
-        """To the log, at the 1st, 2nd, 4th, 8th, ... time."""
-        self._skipped += 1
-        if self._skipped & (self._skipped - 1):
-            return
-        so_far = f" ({self._skipped} so far)" if self._skipped > 1 else ""
-        what = "NaN or Inf in the gradients or columns, the step is skipped"
-        logger.warning("%s, step %d: %s%s", type(self).__name__, self.k, what, so_far)
 
     def _check(self) -> None:
         """Refuses a step that cannot be taken; says which layers were changed behind the optimizer's back."""
+        _refuse_sharded((name, layer.module) for name, layer in self.layers.items())
         for name, layer in self.layers.items():
             if layer.is_optimized:
                 continue
-            weight = layer.module._parameters.get("weight")
-            if weight is not None and is_sharded(weight):
-                raise InputError(
-                    f"layer {name!r}: its parameters were sharded (fully_shard): use DistributedDataParallel"
-                )
-            why = "is computed from other parameters" if weight is None else "is not the one that is optimized"
+            lost = layer.module._parameters.get("weight") is None
+            why = "is computed from other parameters" if lost else "is not the one that is optimized"
             self._say(f"lost {name}", f"layer {name!r}: its weight {why} now; it is no longer preconditioned")
 
     def _discard(self) -> None:
@@ -343,7 +338,15 @@ class LayerOptimizer(torch.optim.Optimizer):
 
 def _write_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     assert isinstance(optimizer, LayerOptimizer)
-    state_dict["param_groups"][0][optimizer._key] = optimizer._own_state()
+    first, *_ = groups = state_dict["param_groups"]
+    first[optimizer._key] = optimizer._own_state()
+    # `torch.distributed.checkpoint` loads what a new optimizer has. That has no factors yet: the tuple
+    # of the layers is loaded as one value, where dicts are key by key. It has no momentum yet: zeros stand for it.
+    state = state_dict["state"]
+    for i, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        for index, p in zip(group["params"], own["params"], strict=True):
+            if p.requires_grad and "momentum_buffer" not in state[index] and optimizer._keeps_momentum(i):
+                state[index] = {**state[index], "momentum_buffer": torch.zeros_like(p)}
 
 
 def _read_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -356,7 +359,7 @@ def _read_state(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) ->
         raise InputError(f"the state is not of a {name} optimizer: it has no {optimizer._key!r} entry")
     try:
         whole(own["k"], "the state's k")
-        optimizer._take_state = optimizer._prepared(own)
+        optimizer._take_state = optimizer._prepared({**own, "layers": dict(own["layers"])})
     except InputError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -371,6 +374,35 @@ def _take_state(optimizer: torch.optim.Optimizer) -> None:
     del optimizer._take_state
     optimizer._discard()
     optimizer._switch()
+
+
+def _check_setting(name: str, value: Any) -> None:
+    if not is_number(value):
+        raise InputError(f"{name} must be a number, got {value!r}")
+    if not value >= 0:
+        raise InputError(f"{name} must not be negative, got {value}")
+    if value == math.inf:
+        raise InputError(f"{name} must be finite, got {value}")
+
+
+def _say_skipped(optimizer: LayerOptimizer) -> None:
+    """To the log, at the 1st, 2nd, 4th, 8th, ... time."""
+    optimizer._skipped = times = optimizer._skipped + 1
+    if times & (times - 1):
+        return
+    so_far = f" ({times} so far)" if times > 1 else ""
+    what = "NaN or Inf in the gradients or columns, the step is skipped"
+    logger.warning("%s, step %d: %s%s", type(optimizer).__name__, optimizer.k, what, so_far)
+
+
+def _refuse_sharded(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    for name, module in modules:
+        if is_sharded(module):
+            where = f"layer {name!r}" if name else "the model"
+            raise InputError(
+                f"{where}: its parameters are sharded (FSDP), and K-FAC and SENG need them whole: use "
+                "DistributedDataParallel"
+            )
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -33,7 +33,7 @@ from ..report import Measurement, Report, default_rank
 from ..stream import Columns, Step, Window, Windows, ordered
 from ..study import ErrorStudy
 from ._micro_batches import LayerTotals, gradient_columns, micro_batch
-from ._scaling import read_scale
+from ._scaling import overflowed, read_scale
 from .follower import Capture, Follower, followable_layers, release
 
 __all__ = ["Watch", "watch"]
@@ -215,6 +215,9 @@ class Watch:
         if not any(id(module._parameters.get("weight")) in own for module in self._modules.values()):
             return
         assert self._follower is not None
+        if overflowed(optimizer):
+            self._follower.forget()
+            return
         started = time.perf_counter()
         if self._windows.wants(self.k):
             try:

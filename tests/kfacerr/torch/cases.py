@@ -129,6 +129,8 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def leaves(state: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(state, tuple):  # of pairs, the layers
+        state = dict(state)
     if isinstance(state, dict | list):
         items = state.items() if isinstance(state, dict) else enumerate(state)
         return {key: leaf for name, value in items for key, leaf in leaves(value, f"{path}/{name}").items()}

@@ -664,39 +664,99 @@ def test_a_step_with_a_gradient_that_is_not_finite_leaves_all_state_as_it_was(ca
     assert torch.equal(parameters(net), case.run())
 
 
-def test_gradscaler_gives_the_unscaled_steps_and_an_overflow_is_skipped(case, caplog):
+@pytest.mark.parametrize("way", ["told", "declared", "declared, clipped"])
+def test_gradscaler_gives_the_unscaled_steps_and_an_overflow_is_skipped(case, way, caplog):
     net, other = case.make(torch.float32), case.make(torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=3)
-    optimizer, plain = case.optimizer(net, loss_scale=scaler.get_scale), case.optimizer(other)
+    declared = {} if way == "told" else {"loss_scale": scaler.get_scale}
+    optimizer, plain = case.optimizer(net, **declared), case.optimizer(other)
     for k in range(8):
         x, y = case.batch(k, dtype=torch.float32)
-        if k == 4:  # the scaler sees an overflow, and calls no step()
+        if k == 4:  # the scaler sees an overflow
+            before, state = parameters(net), snapshot(optimizer)
             optimizer.zero_grad()
             scaler.scale(loss_of(net, (x * math.inf, y))).backward()
             scaler.step(optimizer)
             scaler.update()
+            assert torch.equal(parameters(net), before) and same(snapshot(optimizer), state)
         optimizer.zero_grad()
         scaler.scale(loss_of(net, (x, y))).backward()
+        if way.endswith("clipped"):
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), 0.1)
         scaler.step(optimizer)
         scaler.update()
-        train(other, plain, [(x, y)])
+        plain.zero_grad()
+        loss_of(other, (x, y)).backward()
+        if way.endswith("clipped"):
+            nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+        plain.step()
+        torch.testing.assert_close([p.grad for p in net.parameters()], [p.grad for p in other.parameters()])
     assert scaler.get_scale() != 2.0**12
-    assert "Algorithm 1" not in caplog.text
+    assert not [record for record in caplog.records if record.name.startswith("kfacerr")]
     assert optimizer.k == plain.k == 8
     assert relative(parameters(net), parameters(other)) <= 1e-5
 
 
+def test_gradients_that_a_gradscaler_unscaled_before_the_step_are_refused_without_the_scale(case):
+    """And what the scaler had said of that step is not taken for the next one's."""
+    net = case.make(torch.float32)
+    before, optimizer = parameters(net), case.optimizer(net)
+    batch = case.batch(0, dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(loss_of(net, batch)).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+    with pytest.raises(
+        InputError, match=r"step 0: scaler\.unscale_\(\) came .* pass loss_scale=scaler\.get_scale$"
+    ):
+        scaler.step(optimizer)
+    assert torch.equal(parameters(net), before)
+    train(net, optimizer, [batch])
+    assert torch.equal(parameters(net), parameters(_trained(case, [batch])))
+
+
+def test_an_error_in_the_step_leaves_nothing_of_what_the_scaler_said(case, monkeypatch):
+    net = case.make(torch.float32)
+    optimizer = case.optimizer(net)
+    batch = case.batch(0, dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "_advance", lambda *_: 1 / 0)
+        scaler.scale(loss_of(net, batch)).backward()
+        with pytest.raises(ZeroDivisionError):
+            scaler.step(optimizer)
+    optimizer.zero_grad()
+    scaler.scale(loss_of(net, batch)).backward()
+    scaler.step(optimizer)
+    assert relative(parameters(net), parameters(_trained(case, [batch]))) <= 1e-6
+
+
+def _trained(case: Case, batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
+    net = case.make(torch.float32)
+    train(net, case.optimizer(net), batches)
+    return net
+
+
+def test_float16_parameters_under_a_gradscaler_are_refused(case):
+    net = case.make(torch.float16)
+    optimizer, scaler = case.optimizer(net), torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(loss_of(net, case.batch(0, dtype=torch.float16)).float()).backward()
+    with pytest.raises(InputError, match="needs float32 parameters and autocast"):
+        scaler.step(optimizer)
+
+
 def test_a_scale_that_nobody_declared_is_refused_at_the_first_step(case):
+    """Scaled and unscaled by hand, or by a scaler that tells the optimizer nothing."""
     net = case.make(torch.float32)
     before, optimizer = parameters(net), case.optimizer(net)
     for _ in range(2):
-        scaler = torch.amp.GradScaler("cpu")
         optimizer.zero_grad()
-        scaler.scale(loss_of(net, case.batch(0, dtype=torch.float32))).backward()
-        with pytest.raises(
-            InputError, match=r"step 0: .grad is 65536 times smaller .* loss_scale=scaler\.get_scale"
-        ):
-            scaler.step(optimizer)
+        (2.0**16 * loss_of(net, case.batch(0, dtype=torch.float32))).backward()
+        for p in net.parameters():
+            p.grad /= 2.0**16
+        with pytest.raises(InputError, match=r"step 0: .grad is 65536 times smaller .* as loss_scale"):
+            optimizer.step()
     assert torch.equal(parameters(net), before)
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -165,6 +167,25 @@ def resumed(file: io.BytesIO) -> dict[str, Any]:
     return result(net, optimizer)
 
 
+def distributed_checkpoint(folder: str) -> dict[str, Any]:
+    """Stops after three steps, writes with torch.distributed.checkpoint, and goes on with all made anew."""
+    net, optimizer = convnet(), None
+    for steps in (range(3), range(3, STEPS)):
+        net = convnet()
+        model = DistributedDataParallel(net)
+        optimizer = KFAC(model, "B-R-KFAC", **BUSY)
+        if steps.start:
+            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+            dcp.load(state, checkpoint_id=folder)
+            set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        for k in steps:
+            step(model, optimizer, images(k, b=8), Team())
+        if not steps.start:
+            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+            dcp.save(state, checkpoint_id=folder)
+    return result(net, optimizer)
+
+
 def checkpoint() -> io.BytesIO:
     net, team = convnet(), Team()
     model = DistributedDataParallel(net) if team.size > 1 else net
@@ -205,12 +226,21 @@ def refused() -> dict[str, Any]:
             model = DistributedDataParallel(net)
             F.cross_entropy(model(vectors(0)[0]), vectors(0)[1]).backward()
             errors["SENG before DDP"] = _error(optimizer.step)
-        net = mlp()
-        optimizer = make(net)
-        fully_shard(net)
-        errors[f"{name} before fully_shard"] = _error(optimizer.step)
-        errors[f"{name} after fully_shard"] = _error(lambda net=net, make=make: make(net))
+        for way, shard in SHARDED.items():
+            net = mlp()
+            optimizer = make(net)
+            model = shard(net)
+            errors[f"{name} before {way}"] = _error(optimizer.step)
+            errors[f"{name} after {way}"] = _error(lambda model=model, make=make: make(model))
     return {"errors": errors}
+
+
+SHARDED: dict[str, Any] = {
+    "fully_shard": fully_shard,
+    "fully_shard of a layer": lambda net: fully_shard(net[2]) and net,
+    "FSDP, flat": partial(FullyShardedDataParallel, device_id=torch.device("cpu")),
+    "FSDP": partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True),
+}
 
 
 def _error(call: Any) -> str:
@@ -285,6 +315,7 @@ def work(rank: int, folder: str) -> None:
         logging.getLogger("kfacerr").addHandler(messages)
         results[name] = {**scenario(), "log": messages.texts}
         logging.getLogger("kfacerr").removeHandler(messages)
+    results["distributed checkpoint"] = distributed_checkpoint(f"{folder}/distributed")
     results["resumed"] = resumed(io.BytesIO(Path(folder, "alone.pt").read_bytes()))
     saved = checkpoint()
     if rank == 0:
@@ -390,6 +421,13 @@ def test_a_checkpoint_goes_on_at_another_number_of_processes(way, together):
     assert set(other["state"]) == set(straight["state"])  # no "module." in the names
 
 
+def test_a_distributed_checkpoint_resumes_bit_for_bit(together):
+    for results in together:
+        straight, again = results["B-R-KFAC"], results["distributed checkpoint"]
+        assert torch.equal(again["parameters"], straight["parameters"])
+        assert same(again["state"], straight["state"])
+
+
 def test_a_decomposition_that_fails_is_said_once_and_leaves_all_processes_alike(together):
     said = [text for results in together for text in results["failing"]["warnings"]]
     assert len(said) == 3 and all("layer '3', factor A" in text for text in said)  # at steps 0, 2 and 4
@@ -408,7 +446,7 @@ def test_gradients_that_nobody_averages_are_refused_and_processes_may_train_on_t
 def test_what_several_processes_cannot_train_is_refused_in_one_line(together):
     for results in together:
         errors = results["refused"]["errors"]
-        assert len(errors) == 5
+        assert len(errors) == 1 + 2 * 2 * len(SHARDED)
         assert "SENG runs in one process" in errors.pop("SENG before DDP")
         for name, text in errors.items():
-            assert "sharded (fully_shard)" in text and "DistributedDataParallel" in text and "\n" not in text, name
+            assert "sharded (FSDP)" in text and "DistributedDataParallel" in text and "\n" not in text, name

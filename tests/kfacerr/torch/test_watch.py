@@ -1,6 +1,7 @@
 """`watch` sees what a training does, whatever the loop, changes nothing of it, and keeps what it has measured."""
 
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -329,6 +330,23 @@ def test_a_scaled_loss_gives_the_same_errors():
                 p.grad /= 2.0**12
             optimizer.step()
     assert_close(values(w.report()), hooked(make()))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_overflow_that_a_gradscaler_sees_is_no_step(fused):
+    """It calls the step of a fused optimizer all the same, which takes none then."""
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    with watch(model, "2", **QUICK, loss_scale=scaler.get_scale) as w:
+        for k, (x, y) in enumerate(batches()):
+            for factor in [math.inf, 1.0] if k in (3, 5) else [1.0]:
+                optimizer.zero_grad()
+                scaler.scale(factor * nn.functional.cross_entropy(model(x), y)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+    assert w.k == 12
+    assert_close(values(w.report()), hooked(make()), rel=1e-5)
 
 
 def test_a_gradient_of_the_columns_is_that_of_the_weight(tmp_path):
