@@ -64,9 +64,8 @@ def watch(
     it. Windows that are given are measured at every iteration.
 
     Everything is computed where the columns are: in float64 on a CPU, in float32 on a GPU.
-    An MLP 784-1024-512-10 at batch 128 then takes 1.5 times as long over 2700 steps (CPU time, middle layer, seven
-    algorithms), and twice as long over the first 900; where a step takes a millisecond, 3 times. Fewer algorithms
-    or a larger `every` make it less.
+    An MLP 784-1024-512-10, batch 128, then takes 1.5 times as long over 2700 steps (CPU time, seven algorithms),
+    twice over the first 900, and 3 times where a step takes a millisecond: see `algorithms` and `every`.
 
     Args:
         model: any module, trained inside the block by whatever calls it.
@@ -99,9 +98,8 @@ def watch(
     listed = names(algorithms, "algorithms", str, Algorithm)
     named = tuple(dict.fromkeys(map(str, map(Algorithm.parse, listed))))
     measured = _Windows(every, windows)
-    ErrorStudy(
-        named, settings, measured.windows, phi=phi, damping=damping
-    )  # refuses now what it would refuse in the training
+    # It refuses now what it would refuse in the training.
+    ErrorStudy(named, settings, measured.windows, phi=phi, damping=damping)
     return Watch(chosen, named, settings, rank, (phi, damping), measured, record, loss_scale)
 
 
