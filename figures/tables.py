@@ -312,7 +312,7 @@ def epochs_to(epochs: pd.DataFrame, target: float) -> float:
 
 
 def targets_by_rule(epochs: pd.DataFrame) -> tuple[float, float, float]:
-    """The targets that the rule of `studies.config.OptimizerPreset` gives for the runs in epochs.csv."""
+    """The targets that the rule of `studies.presets.OptimizerPreset` gives for the runs in epochs.csv."""
     best = 100 * epochs.groupby(["optimizer", "seed"]).test_accuracy.max()
     first = math.floor(best.min() - 1 + 1e-9)
     third = math.floor(best.median() + 1e-9)

@@ -159,8 +159,8 @@ class StreamingNystrom(Process):
 
     @property
     def fresh(self) -> int:
-        """How many columns of omega are Gaussian after a re-basing."""
-        return math.ceil(FRESH * self.columns)
+        """How many columns of omega are Gaussian after a re-basing: not all, as they are not handed out."""
+        return min(math.ceil(FRESH * self.columns), self.columns - 1)
 
     def due(self, k: int) -> bool:
         """Only where Omega changes: the estimate is decomposed when it is read."""

@@ -17,7 +17,7 @@ from figures.tables import PAPER_T_UPDT, PAPER_TABLE_2, paper_name, runs_to_targ
 from kfacerr.algorithms import SEVEN, Algorithm
 from kfacerr.metrics import METRICS
 from kfacerr.study import by_window
-from studies.config import OptimizerPreset
+from studies.presets import OptimizerPreset
 
 __all__ = ["CLAIMS", "OPTIMIZER_CLAIMS", "Curves", "Evidence", "findings", "judge", "judge_optimizers"]
 

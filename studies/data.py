@@ -1,4 +1,4 @@
-"""The images: CIFAR-10 in its official layouts, and scikit-learn's digits (design §13).
+"""The images by name: CIFAR-10 in its official layouts, scikit-learn's digits, Fashion-MNIST (design §13).
 
 CIFAR-10 is read from disk, or downloaded once into the user's cache. What is read is checked against the
 official checksums first, and a pickle is read without executing anything in it.
@@ -6,21 +6,23 @@ official checksums first, and a pickle is read without executing anything in it.
 
 import hashlib
 import io
-import os
 import pickle
 import pickletools
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kfacerr.exceptions import InputError
+from studies.fashion_mnist import load_fashion_mnist
+from studies.images import Dataset, checked_labels, named_folder, read_file
+
+__all__ = ["load_cifar10", "load_dataset", "load_digits_rgb"]
 
 CIFAR10_CLASSES = (
     *("airplane", "automobile", "bird", "cat", "deer"),
@@ -29,52 +31,6 @@ CIFAR10_CLASSES = (
 _LAYOUTS = {"cifar-10-batches-bin": ".bin", "cifar-10-batches-py": ""}  # the preferred one first
 _BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 _PIXELS = 3 * 32 * 32
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """Images and labels on the CPU.
-
-    Attributes:
-        name: as results are to quote it, e.g. "CIFAR-10 (JPEG-75)".
-        train_images, test_images: (N, 3, 32, 32) uint8.
-        train_labels, test_labels: (N,) int64.
-        classes: their names; label i is `classes[i]`.
-        mirrored: whether an image's mirror image is one of the same class (a 2's is not).
-    """
-
-    name: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    classes: tuple[str, ...]
-    mirrored: bool
-
-    def channel_statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel of the train images, in units of 0..1; (3,) float64."""
-        # Sums of whole numbers below 2^53 are exact in float64; in chunks, for float64 is 8 times as large.
-        total, squares = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-        for chunk in self.train_images.split(1000):
-            values = chunk.double()
-            total += values.sum((0, 2, 3))
-            squares += values.square().sum((0, 2, 3))
-        count = self.train_images.numel() // 3
-        mean = total / count
-        return mean / 255, (squares / count - mean.square()).clamp(min=0).sqrt() / 255
-
-    def subset(self, n_train: int | None, n_test: int | None = None) -> "Dataset":
-        """The first `n_train` train and `n_test` test images, as the official order is shuffled; None for all."""
-        for part, n, there in (("train", n_train, self.train_labels), ("test", n_test, self.test_labels)):
-            if n is not None and not 1 <= n <= len(there):
-                raise InputError(f"{self.name}: n_{part} = {n} of {len(there)} {part} images")
-        return replace(
-            self,
-            train_images=self.train_images[:n_train],
-            train_labels=self.train_labels[:n_train],
-            test_images=self.test_images[:n_test],
-            test_labels=self.test_labels[:n_test],
-        )
 
 
 @dataclass(frozen=True)
@@ -149,7 +105,8 @@ def load_cifar10(
     folder = _find_folder(root) or _download(release, download)
     files = [folder / (batch + _LAYOUTS[folder.name]) for batch in _BATCHES]
     # The very bytes whose checksum was taken are the ones parsed.
-    contents = {file: _read(file, release.records) for file in files}
+    most = 2 * release.records * (1 + _PIXELS) + 2**20
+    contents = {file: read_file(file, most, "a batch of CIFAR-10") for file in files}
     name = _verified_name(contents, release.file_md5, accept_modified)
     parse = _parse_binary if files[0].suffix == ".bin" else _parse_pickle
     batches = [parse(file, content, release.records) for file, content in contents.items()]
@@ -180,9 +137,13 @@ def load_digits_rgb() -> Dataset:
 def load_dataset(
     name: str, folder: Path | None, *, accept_modified: bool, n_train: int | None, n_test: int | None = None
 ) -> Dataset:
-    """ "digits" or "cifar10", the first `n_train` train and `n_test` test images of it (None: all)."""
-    digits = name == "digits"
-    dataset = load_digits_rgb() if digits else load_cifar10(folder, accept_modified=accept_modified)
+    """ "digits", "cifar10" or "fashion-mnist": its first `n_train` train and `n_test` test images (None: all)."""
+    if name == "digits":
+        dataset = load_digits_rgb()
+    elif name == "cifar10":
+        dataset = load_cifar10(folder, accept_modified=accept_modified)
+    else:
+        dataset = load_fashion_mnist(folder, accept_modified=accept_modified)
     return dataset.subset(n_train, n_test)
 
 
@@ -195,8 +156,7 @@ def _find_folder(root: Path | None) -> Path | None:
     Raises:
         InputError: a named folder holds no data set.
     """
-    from_environment = os.environ.get("KFACERR_DATA")
-    named = root or (Path(from_environment) if from_environment else None)
+    named = named_folder(root)
     place = named or _cache()
     for layout in _LAYOUTS:
         for folder in (place / layout, place):
@@ -245,18 +205,6 @@ def _download(release: Release, allowed: bool) -> Path:
     return folder
 
 
-def _read(file: Path, records: int) -> bytes:
-    """What is in a batch, if it is a file of about that size: no pipe, which would hang, and no terabyte."""
-    most = 2 * records * (1 + _PIXELS) + 2**20
-    try:
-        size = file.stat().st_size
-        if not file.is_file() or size > most:
-            raise InputError(f"{file}: {size:,} bytes, or no file: a batch of CIFAR-10 has at most {most:,}")
-        return file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
-
-
 def _verified_name(contents: Mapping[Path, bytes], expected: Mapping[str, str], accept_modified: bool) -> str:
     """The data set's name, by its checksums.
 
@@ -291,7 +239,7 @@ def _parse_binary(file: Path, content: bytes, records: int) -> _Batch:
     if len(content) != size:
         raise InputError(f"{file}: {len(content)} bytes instead of {size}; the file is cut short or foreign")
     rows = np.frombuffer(content, np.uint8).reshape(records, 1 + _PIXELS)
-    return rows[:, 1:], _checked_labels(file, rows[:, 0])
+    return rows[:, 1:], checked_labels(file, rows[:, 0])
 
 
 def _parse_pickle(file: Path, content: bytes, records: int) -> _Batch:
@@ -307,15 +255,7 @@ def _parse_pickle(file: Path, content: bytes, records: int) -> _Batch:
         raise InputError(
             f"{file}: images {images.shape} and labels {labels.shape}, expected {records} images of {_PIXELS}"
         )
-    return images, _checked_labels(file, labels)
-
-
-def _checked_labels(file: Path, labels: NDArray[Any]) -> NDArray[np.int64]:
-    if labels.dtype.kind not in "iu":
-        raise InputError(f"{file}: the labels are {labels.dtype} instead of whole numbers")
-    if labels.min() < 0 or labels.max() > 9:
-        raise InputError(f"{file}: the labels range over {labels.min()}..{labels.max()} instead of 0..9")
-    return labels.astype(np.int64)
+    return images, checked_labels(file, labels)
 
 
 def _check_size(content: bytes) -> None:

@@ -1,6 +1,6 @@
 """The error study of §4.2: how far is a cheap K-factor inverse from the exact one, on real training?
 
-    python -m studies.inverse_errors --preset digits|cifar10-small|paper-layer|paper [--data DIR] --out DIR
+    python -m studies.inverse_errors --preset digits|cifar10-small|... [--data DIR] --out DIR
 
 With the shared trajectory (the default) there is one training run a seed, and all algorithms watch the columns of
 its first FC layer. With --trajectory own each algorithm trains a network of its own, as in the paper, with the
@@ -35,8 +35,8 @@ from kfacerr.exceptions import InputError
 from kfacerr.files import write_csv, write_text
 from kfacerr.study import Row
 from studies.claims import findings, judge
-from studies.config import LAYER, PRESETS, Preset, family
-from studies.data import Dataset
+from studies.config import LAYER, family
+from studies.images import Dataset
 from studies.jobs import (
     Outcome,
     Stop,
@@ -49,6 +49,7 @@ from studies.jobs import (
     verdict,
     with_seeds,
 )
+from studies.presets import PRESETS, Preset
 from studies.seed_run import RESULTS, SUMMARY, Job, SeedRun, finish_recording
 
 __all__ = ["main"]

@@ -28,8 +28,9 @@ from kfacerr.checks import whole
 from kfacerr.command import check_at_least, path, say
 from kfacerr.exceptions import InputError
 from kfacerr.files import check_folder, clear, lock, write_atomically, write_text
-from studies.data import Dataset, load_dataset
+from studies.data import load_dataset
 from studies.environment import environment, select_device
+from studies.images import Dataset
 
 __all__ = [
     "SIGNAL",
@@ -131,7 +132,7 @@ def load_checkpoint(path: Path, holds: Collection[str] = ()) -> dict[str, Any]:
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """What is trained on, where, and where the results go: the options of everything that trains."""
     parser.add_argument("--out", required=True, type=path, metavar="DIR", help="where the results go")
-    parser.add_argument("--data", type=path, metavar="DIR", help="where CIFAR-10 is (default: the user's cache)")
+    parser.add_argument("--data", type=path, metavar="DIR", help="where the images are (default: see the docs)")
     parser.add_argument(
         "--accept-modified-data", action="store_true", help="take images that are not the official"
     )

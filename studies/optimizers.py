@@ -35,9 +35,9 @@ from kfacerr.exceptions import InputError
 from kfacerr.files import write_csv, write_text
 from kfacerr.inverse import CONTINUATIONS
 from studies.claims import judge_optimizers
-from studies.config import OPTIMIZER_PRESETS, TABLE_1, OptimizerPreset, family, table_2, update_period
-from studies.data import Dataset
+from studies.config import TABLE_1, family, table_2, update_period
 from studies.environment import synchronize
+from studies.images import Dataset
 from studies.jobs import (
     Outcome,
     Stop,
@@ -52,6 +52,7 @@ from studies.jobs import (
     verdict,
     with_seeds,
 )
+from studies.presets import OPTIMIZER_PRESETS, OptimizerPreset
 from studies.tasks import study as tasks
 from studies.timing import Timing, time_drivers, write_timings
 from studies.training import Diverged, Training

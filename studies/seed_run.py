@@ -17,11 +17,12 @@ from kfacerr.process import Estimate, Process, Settings
 from kfacerr.stream import Array, Step, Window
 from kfacerr.study import ErrorStudy, Row
 from kfacerr.torch import KFAC, ColumnHooks
-from studies.config import LAYER, Preset, continued
-from studies.data import Dataset
+from studies.config import LAYER
 from studies.environment import synchronize
 from studies.forecast import Pace, Sizes, Speeds, update_seconds, window_seconds
+from studies.images import Dataset
 from studies.jobs import slug
+from studies.presets import Preset, continued
 from studies.training import Training
 
 if TYPE_CHECKING:

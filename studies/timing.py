@@ -1,6 +1,6 @@
 """t_epoch of drivers, taken one at a time, and where the time of a step goes.
 
-    python -m studies.timing --preset digits|cifar10-small|paper-layer|paper [--data DIR] --out DIR
+    python -m studies.timing --preset digits|cifar10-small|... [--data DIR] --out DIR
 
 times the algorithms of Table 1, with all measurement off, at the sizes of the error study's preset. DIR may be
 that study's: its Table 1 then gets the t_epoch column. `studies.optimizers` takes its times here as well.
@@ -30,11 +30,13 @@ from tqdm import tqdm
 from kfacerr.command import Parser, check_at_least, run
 from kfacerr.exceptions import InputError
 from kfacerr.files import write_csv
-from studies.config import PRESETS, TABLE_1, TrainingConfig, update_period
-from studies.data import Dataset, load_dataset
+from studies.config import TABLE_1, TrainingConfig, update_period
+from studies.data import load_dataset
 from studies.drivers import Updates, find_driver
 from studies.environment import select_device, synchronize
+from studies.images import Dataset
 from studies.jobs import add_data_arguments, alone, load_checkpoint, save_checkpoint, slug
+from studies.presets import PRESETS
 from studies.training import Training
 
 __all__ = ["Timing", "main", "measure", "parts", "time_drivers", "write_timings"]

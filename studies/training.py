@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from kfacerr.exceptions import InputError
 from studies.config import TrainingConfig
-from studies.data import Dataset
 from studies.drivers import Driver, find_driver
 from studies.environment import select_device
+from studies.images import Dataset
 from studies.networks import VGG16BN, vgg16_bn
 
 __all__ = ["Diverged", "Purpose", "Training", "crop_and_mirror", "derived_seed"]

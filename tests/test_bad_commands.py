@@ -15,7 +15,7 @@ import figures.__main__
 from kfacerr import METRICS, SEVEN, RecordingWriter, Step, Window, cli
 from studies import inverse_errors, optimizers, timing
 from studies.bench import peers, speed
-from studies.config import OPTIMIZER_PRESETS, PRESETS
+from studies.presets import OPTIMIZER_PRESETS, PRESETS
 from tests.bad import assert_one_line
 from tests.studies.test_inverse_errors import TINY
 from tests.studies.test_optimizers import TINY as TINY_OPTIMIZERS
@@ -117,6 +117,7 @@ ROWS: dict[str, tuple[Any, list[str], dict[str, str], dict[str, tuple[str, ...]]
         {**STUDY, "--driver": ("", "x", "FD", "SENG x"), "--trajectory": ("x", "")},
     ),
     "inverse_errors data": (inverse_errors.main, [], {**TRAINING, "--preset": "cifar10-small"}, DATA),
+    "inverse_errors fashion": (inverse_errors.main, [], {**TRAINING, "--preset": "fashion-small"}, DATA),
     "optimizers": (
         *(optimizers.main, ["--no-timing"], TRAINING),
         {**STUDY, "--optimizers": ("", "x", "FD", "r-kfac"), "--continuation": ("x", "")},

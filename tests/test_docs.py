@@ -125,7 +125,7 @@ def test_the_tables_of_sketches_in_the_findings_are_those_of_the_csvs():
         return " ".join(line.split())
 
     known: set[str] = set()
-    for run in ("digits", "cifar10-small", "flat"):
+    for run in ("digits", "cifar10-small", "fashion", "own", "flat"):
         folder = DOCS.parent / "figures" / "n-kfac" / run
         computed = report(means(read_table(folder / "errors.csv", (*KEYS, "draw", "epoch", *METRICS))))
         assert computed == (folder / "sketches.md").read_text(encoding="utf-8")

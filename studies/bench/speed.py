@@ -53,7 +53,9 @@ GOALS = (
 """Design §9's: of the first way's time over the second's, at some d."""
 
 TIMES = ["task", "d", "way", "round", "part", "seconds"]
-FULL = {"d": [2**k for k in range(10, 16)], "study_d": 2048, "rank": 220, "columns": 256, "rounds": 15}
+SIZES = {task: [2**k for k in range(10, 18 if task == UPDATE else 16)] for task in tasks.TASKS}
+"""d by task, but for the study's; updates go up to the layers of a large language model."""
+FULL = {"study_d": 2048, "rank": 220, "columns": 256, "rounds": 15}
 QUICK = {"d": [64, 96, 128], "study_d": 64, "rank": 8, "columns": 12, "rounds": 2}
 
 
@@ -181,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m studies.bench.speed", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a miniature that shows it runs")
     parser.add_argument("--tasks", nargs="+", choices=tuple(tasks.TASKS), default=list(tasks.TASKS))
-    parser.add_argument("--d", type=int, nargs="+", help="sizes (default: 1024 ... 32768)")
+    parser.add_argument("--d", type=int, nargs="+", help="sizes (default: 1024 ... 32768, of updates 131072)")
     parser.add_argument("--study-d", type=int, metavar="D", help="size of the study's step (default: 2048)")
     parser.add_argument("--rank", type=int, metavar="R", help="truncation rank (default: 220)")
     parser.add_argument("--columns", type=int, metavar="N", help="columns of an update (default: 256)")
@@ -201,13 +203,14 @@ def _run(arguments: argparse.Namespace) -> None:
             setattr(arguments, name, value)
     r, n = arguments.rank, arguments.columns
     check_at_least(rank=(r, 1), columns=(n, r), rounds=(arguments.rounds, 1))
-    if small := [d for d in (*arguments.d, arguments.study_d) if d <= r + n]:
+    sizes = {task: arguments.d or SIZES[task] for task in SIZES} | {STUDY: [arguments.study_d]}
+    jobs = [(task, d) for task in arguments.tasks for d in sizes[task]]
+    if small := [d for _, d in jobs if d <= r + n]:
         raise InputError(f"Brand's update needs d > r + n = {r + n}, got {small[0]}")
     device = select_device(arguments.device)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     times, memory = [], []
-    jobs = [(task, d) for task in arguments.tasks for d in ([arguments.study_d] if task == STUDY else arguments.d)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of scikit-learn, on columns it centres to zero
         for task, d in jobs:

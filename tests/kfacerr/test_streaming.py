@@ -93,6 +93,30 @@ def test_the_expected_error_is_within_its_bound():
         assert np.mean(lost) >= w[s:].sum(), "no rank-s approximation is better than the tail"
 
 
+def test_the_bound_on_the_expected_error_is_nearly_attained():
+    """By three large eigenvalues over a flat tail, of which the other columns see little."""
+    d, s, r = 300, 10, 3
+    w = np.concatenate([np.full(r, 1e6), np.ones(d - r)])
+    rng = np.random.default_rng(0)
+    lost = [w.sum() - np.trace(pinv_nystrom(np.diag(w), rng.standard_normal((d, s)))) for _ in range(100)]
+    assert 0.93 <= np.mean(lost) / ((1 + r / (s - r - 1)) * (d - r)) <= 1
+
+
+@given(columns=streams(kinds=("plain", "zero", "repeated")), rho=rhos, phi=st.sampled_from([1e-3, 0.1, 10.0]))
+def test_andos_bound_holds_for_the_inverse(xp, columns, rho, phi):
+    """0 <= M~ <= M gives ||(M~ + lam I)^-1 - (M + lam I)^-1|| <= f(||E||), of the certificate alone."""
+    for M, process in follow(StreamingNystrom(rank=2, rho=rho), columns, rho, xp):
+        size = np.linalg.norm(M, 2)
+        if size == 0:
+            continue
+        lam, identity = phi * float(size), np.eye(len(M))
+        error = np.linalg.inv(dense(process, xp) + lam * identity) - np.linalg.inv(M + lam * identity)
+        bound = process.certificate.inverse_bound(0 * process.estimate.trace + lam)
+        slack = 64 * len(M) * EPS / phi / lam
+        assert np.linalg.norm(error, 2) <= float(bound.spectral) + slack
+        assert np.linalg.norm(error) <= float(bound.frobenius) + slack
+
+
 def test_a_rebasing_loses_nothing_at_once_and_helps_later(fast_xp):
     columns = stream(np.random.default_rng(6), d=40, n=4, steps=80, decay="slow decay")
     errors = {}
@@ -190,6 +214,56 @@ def test_float32_stays_near_float64_over_a_thousand_updates(fast_xp, kinds):
         if k % 100 == 99:
             one, other = dense(single, fast_xp), dense(double, fast_xp)
             assert np.linalg.norm(one - other) <= 1e-4 * np.linalg.norm(other)
+
+
+def test_a_single_column_is_handed_out(fast_xp):
+    """It was fresh, and so left out of the estimate, which had no mode."""
+    columns = stream(np.random.default_rng(6), d=12, n=2, steps=8, decay="fast decay")
+    for M, process in follow(StreamingNystrom(rank=4, rho=0.9, s=1), columns, 0.9, fast_xp):
+        estimate = process.estimate.lowrank
+        assert estimate.m == process.cost(12, 2).rank == 1
+        assert 0 < float(estimate.lambda_max) <= (1 + 1e-12) * np.linalg.norm(M, 2)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_updates_without_columns_are_those_of_the_factor(fast_xp, first):
+    """X X^T = 0: M_k = rho M_{k-1}, also where there is no M yet."""
+    process, M = StreamingNystrom(rank=2, rho=0.9), np.zeros((8, 8))
+    factor = KFactor("A", {"it": process}, 0.9, dense=True)
+    for k, n in enumerate((first, 3, 0, 0, 2, 0, 0)):
+        X = np.random.default_rng(k).standard_normal((8, n))
+        factor.push(k, fast_xp.array(X))
+        M = fast_xp.numpy(factor.average.M)
+        assert float(process.estimate.trace) == pytest.approx(np.trace(M), rel=1e-13)
+        assert np.linalg.eigvalsh(M - dense(process, fast_xp))[0] >= -1e-12 * np.trace(M)
+
+
+def test_nothing_is_decomposed_before_an_inverse_is_asked_for_but_at_a_rebasing(fast_xp, monkeypatch):
+    """F^T F and its EVD are taken once an estimate is read, and not again before the next update."""
+    calls = []
+    monkeypatch.setattr(streaming, "nystrom_of", lambda Y, C: calls.append(1) or nystrom_of(Y, C))
+    process = StreamingNystrom(rank=3, rho=0.9)
+    factor, counts = KFactor("A", {"it": process}, 0.9), []
+    for k, X in enumerate(stream(np.random.default_rng(6), d=30, n=4, steps=7, decay="slow decay")):
+        factor.push(k, fast_xp.array(X))
+        if k == 2:
+            for continuation in ("none", "min", "trace"):
+                factor.inverse("it", phi=0.1, continuation=continuation)
+            assert process.certificate is not None
+        counts.append(len(calls))
+    assert counts == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_it_follows_a_decay_that_changes(fast_xp):
+    process, rho, M = StreamingNystrom(rank=2, rho=0.9, s=6), 0.9, None
+    for k, X in enumerate(stream(np.random.default_rng(5), d=12, n=2, steps=20, decay="slow decay")):
+        if k in (4, 13):
+            process.configure(rho=(rho := rho / 2))
+        process.update(k, fast_xp.array(X), None)
+        M = X @ X.T if M is None else rho * M + (1 - rho) * X @ X.T
+        E = M - dense(process, fast_xp)
+        assert float(process.estimate.trace) == pytest.approx(np.trace(M), rel=1e-12)
+        assert np.linalg.eigvalsh(E)[0] >= -1e-12 * np.trace(M)
 
 
 def test_no_dense_factor_is_kept():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from studies.config import TrainingConfig
-from studies.data import Dataset
+from studies.images import Dataset
 from studies.training import Training
 
 

@@ -10,7 +10,7 @@ from figures.tables import PAPER_TABLE_1, PAPER_TABLE_2
 from kfacerr.algorithms import SEVEN
 from kfacerr.metrics import METRICS
 from studies.claims import CLAIMS, OPTIMIZER_CLAIMS, Curves, Evidence, findings, judge, judge_optimizers
-from studies.config import OPTIMIZER_PRESETS
+from studies.presets import OPTIMIZER_PRESETS
 from tests.figures.error_tables import (
     BLOCKS,
     RANK,

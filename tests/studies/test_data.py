@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 
 from kfacerr.exceptions import InputError
-from studies.data import OFFICIAL, Dataset, Release, load_cifar10, load_digits_rgb
+from studies.data import OFFICIAL, Release, load_cifar10, load_digits_rgb
+from studies.images import Dataset
 
 RECORDS = 20  # in each file of the tiny data set; the official ones have 10,000
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")

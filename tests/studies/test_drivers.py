@@ -10,8 +10,9 @@ from kfacerr.exceptions import InputError
 from kfacerr.process import Process
 from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
 from kfacerr.torch import KFAC, SENG
-from studies.config import OPTIMIZER_PRESETS, PAPER_STEPS, TABLE_1, TrainingConfig, table_2
+from studies.config import PAPER_STEPS, TABLE_1, TrainingConfig, table_2
 from studies.drivers import Driver, Updates, find_driver
+from studies.presets import OPTIMIZER_PRESETS
 from studies.training import Training
 from tests.studies.helpers import assert_same_weights, tiny_dataset
 

@@ -18,9 +18,9 @@ from kfacerr.algorithms import SEVEN, Algorithm
 from kfacerr.metrics import METRICS
 from kfacerr.recording import Recording
 from studies import inverse_errors, jobs, seed_run
-from studies.config import PRESETS, Preset, continued
 from studies.drivers import DRIVERS
 from studies.jobs import Stop
+from studies.presets import PRESETS, Preset, continued
 from studies.seed_run import SeedRun
 from tests.studies.helpers import refused
 
@@ -199,7 +199,7 @@ def test_a_signal_leaves_a_resumable_state_and_exit_status_130(whole, tmp_path):
 import os, signal, sys
 from figures import render
 from studies import inverse_errors
-from studies.config import PRESETS, Preset
+from studies.presets import PRESETS, Preset
 from studies.seed_run import SeedRun
 PRESETS["tiny"] = {TINY!r}
 render.render = lambda _: None
@@ -453,7 +453,7 @@ def test_a_killed_run_of_the_papers_layer_goes_on_to_the_same_rows(tmp_path, mon
     program = f"""
 import os, signal, sys
 from studies import inverse_errors, jobs
-from studies.config import PRESETS, Preset
+from studies.presets import PRESETS, Preset
 PRESETS["shrunk"] = {SHRUNK!r}
 jobs.CHECKPOINT_SECONDS = -1  # after every iteration
 save = jobs.save_checkpoint

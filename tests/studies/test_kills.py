@@ -26,7 +26,7 @@ from kfacerr.recording import Recording
 from kfacerr.stream import Step, Window
 from kfacerr.study import Row
 from studies import inverse_errors, jobs
-from studies.config import PRESETS
+from studies.presets import PRESETS
 from studies.seed_run import SeedRun
 from tests.studies.helpers import tiny_dataset
 from tests.studies.test_inverse_errors import TINY

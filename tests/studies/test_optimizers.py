@@ -13,9 +13,10 @@ import figures.__main__
 from figures.optimizers import render
 from kfacerr.exceptions import InputError
 from studies import optimizers, timing
-from studies.config import OPTIMIZER_PRESETS, TABLE_1, OptimizerPreset, TrainingConfig
+from studies.config import TABLE_1, TrainingConfig
 from studies.drivers import DRIVERS
 from studies.optimizers import OptimizerRun
+from studies.presets import OPTIMIZER_PRESETS, OptimizerPreset
 from studies.timing import Timing
 from studies.training import Training
 from tests.studies.helpers import refused, tiny_dataset

@@ -9,8 +9,9 @@ import pytest
 
 from kfacerr.exceptions import InputError
 from studies import timing
-from studies.config import OPTIMIZER_PRESETS, PRESETS, TABLE_1, TrainingConfig
+from studies.config import TABLE_1, TrainingConfig
 from studies.drivers import find_driver
+from studies.presets import OPTIMIZER_PRESETS, PRESETS
 from studies.timing import measure, parts
 from tests.studies.helpers import refused, tiny_dataset
 
