@@ -138,6 +138,7 @@ _TEXT = (
     "part",
     "recording",
     "dtype",
+    "link",
     "role",
     "continuation",
     "task",

@@ -19,6 +19,7 @@ import numpy as np
 
 from .algorithms import Algorithm
 from .checks import choice, instance, names, positive
+from .damping import Damping
 from .exceptions import InputError
 from .factor import KFactor
 from .files import write_atomically, write_text
@@ -350,6 +351,7 @@ def advise_recording(
     budget: Budget | None = None,
     algorithms: Sequence[str] | None = None,
     phi: float | None = None,
+    damping: str | Damping = "own",
     dtype: str = "float64",
     **settings: Any,
 ) -> Advice:
@@ -361,6 +363,7 @@ def advise_recording(
         budget: what the inverse may cost; `DEFAULT_BUDGET` if None.
         algorithms: candidates' names; by default `candidates` whose `T_inv` is no longer than the longest window.
         phi: damping ratio in place of the recording's, or of 0.1.
+        damping: as `ErrorStudy` takes it.
         dtype: to compute the errors in.
         **settings: others of `Settings`.
 
@@ -384,7 +387,7 @@ def advise_recording(
     chosen = [a for a in candidates(sizes, configured.rank) if a.get("T_inv", 0) <= max(longest, sizes.every)]
     if algorithms is not None:
         chosen = [Algorithm.parse(name) for name in names(algorithms, "algorithms", str, Algorithm)]
-    study = ErrorStudy(chosen, configured, layer.windows, phi=0.1 if phi is None else phi)
+    study = ErrorStudy(chosen, configured, layer.windows, phi=0.1 if phi is None else phi, damping=damping)
     steps = replay(
         layer,
         study.push,
@@ -396,7 +399,7 @@ def advise_recording(
     rows = [row for new in steps for row in new]
     errors = table(rows).groupby(["algorithm", "metric"], sort=False).value.mean().unstack()
     costs = layer_costs(sizes, tqdm(chosen, desc="costs", disable=None), configured)
-    frame = costs.join(errors[list(METRICS)], on="algorithm")
+    frame = costs.join(errors.reindex(columns=list(METRICS)), on="algorithm")
     return Advice(layer.name, frame, costs.attrs["sgd"], budget or DEFAULT_BUDGET, layer.update_every)
 
 

@@ -166,6 +166,20 @@ class Algorithm:
         listed = sorted(own.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
         return Algorithm.parse(str(Algorithm(self.base, tuple(listed))))
 
+    def fresh(self, settings: Settings, every: int) -> "Algorithm":
+        """Itself with an estimate that takes every update: what it would be if it were never stale.
+
+        Args:
+            settings: of its process, where the name has none.
+            every: iterations between updates of the factors.
+
+        Returns:
+            Itself where it is never stale anyway.
+        """
+        periods = [name for name in ("T_inv", "T_brand") if name in _BASES[self.base].own]
+        slow = {name: every for name in periods if self.get(name, getattr(settings, name)) > every}
+        return self.with_settings(**slow) if slow else self
+
     @property
     def process_name(self) -> str:
         """The name without what only its inverse depends on: algorithms alike in it share their processes."""

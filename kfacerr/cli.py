@@ -14,15 +14,14 @@ import numpy as np
 from . import __version__
 from .algorithms import SEVEN, not_used
 from .command import Parser, check_at_least, path, run, say
-from .damping import Damping
+from .damping import KINDS
 from .exceptions import InputError
 from .files import check_outputs, write_csv
 from .inverse import CONTINUATIONS, ESCAPED, check_phi
-from .metrics import METRICS
 from .process import Settings
 from .replay import replay
 from .stream import Array
-from .study import DAMPINGS, ErrorStudy, Row, averages, table
+from .study import DAMPINGS, ErrorStudy, Row, averages, metrics_of, named_damping, table
 
 if TYPE_CHECKING:
     from .recording import LayerRecording
@@ -120,12 +119,14 @@ def _add_inspect(commands: Any) -> None:
         help="truncation rank r (default: an eighth of the smaller dimension, 4 to 220)",
     )
     add("--phi", type=float, default=0.1, help="damping ratio")
+    add("--damping", metavar="D", help="a lam of each factor in its place: mean=VALUE or lam=VALUE")
     add("--gradients", type=path, metavar="FILE", help="a gradient (d_G, d_A) by layer, to measure steps on")
     add("--out", type=path, metavar="CSV", help="the table of factors")
     add("--html", type=path, metavar="FILE", help="the audit as one page")
     add("--plot", type=path, metavar="FILE", help="a figure of the spectra (pdf, png, svg)")
     add("--damping-map", type=path, metavar="FILE", help="a figure of a layer's errors over damping and rank")
     add("--layer", metavar="NAME", help="of the damping map (default: the first with both factors)")
+    add("--continuation", choices=tuple(CONTINUATIONS), default="min", help="of the damping map's spectra")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -140,7 +141,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
         check_format(written[option])
     check_outputs(written, {"what is inspected": arguments.path})
     check_at_least(rank=(arguments.rank, 1))
-    found = inspect(arguments.path, rank=arguments.rank, phi=arguments.phi, gradients=arguments.gradients)
+    options = {name: getattr(arguments, name) for name in ("rank", "phi", "damping", "gradients")}
+    found = inspect(arguments.path, **options)
     if arguments.out is not None:
         found.to_csv(arguments.out)
     if arguments.html is not None:
@@ -148,7 +150,8 @@ def _inspect(arguments: argparse.Namespace) -> None:
     for option in [option for option in figures if option in written]:
         from .plot import save
 
-        save(found.plot() if option == "--plot" else found.plot_damping(arguments.layer), written[option])
+        drawn = {"continuation": arguments.continuation}
+        save(found.plot() if option == "--plot" else found.plot_damping(arguments.layer, **drawn), written[option])
     print(found)
 
 
@@ -209,7 +212,12 @@ def _report_page(arguments: argparse.Namespace) -> None:
     check_outputs({"--out": arguments.out}, {"the recording itself": arguments.recording})
     with Recording(arguments.recording) as recording:
         report = report_recording(
-            recording, arguments.layer, algorithms=arguments.algorithms, phi=arguments.phi, **settings
+            recording,
+            arguments.layer,
+            algorithms=arguments.algorithms,
+            phi=arguments.phi,
+            damping=arguments.damping,
+            **settings,
         )
     report.to_html(arguments.out)
     print(report)
@@ -238,7 +246,7 @@ def _advise(arguments: argparse.Namespace) -> None:
         layer = recording.layer(arguments.layer)
         if settings["rank"] is None:
             settings["rank"] = default_rank(layer.d_A, layer.d_G)
-        options = {"algorithms": arguments.algorithms, "phi": arguments.phi}
+        options = {"algorithms": arguments.algorithms, "phi": arguments.phi, "damping": arguments.damping}
         advice = advise_recording(layer, budget=budget, **options, **settings)
     advice.to_csv(arguments.out)
     if arguments.plot is not None:
@@ -257,10 +265,23 @@ def _add_settings(add: Callable[..., Any], rank: str = "") -> None:
     add("--rank", required=not rank, type=int, metavar="R", help=f"target and truncation rank r{told}")
     add("--rho", type=float, default=0.95, help="decay of the exponential average")
     add("--phi", type=float, help="damping ratio (default: the recording's, else 0.1)")
+    add("--damping", type=_damping, default="own", metavar="D", help=f"own phi lambda_max, common, or {_KINDS}")
     add("--oversampling", type=int, default=10, help="r_o of the RSVD")
     add("--n-pwr-it", type=int, default=4, help="power iterations of the RSVD")
     add("--continuation", choices=(*CONTINUATIONS, ESCAPED), default="min", help="of the spectrum")
     add("--seed", type=int, default=0, help="of the randomised algorithms")
+
+
+_KINDS = f"one of {', '.join(f'{kind}=VALUE' for kind in KINDS)}"
+
+
+def _damping(text: str) -> str:
+    """What `ErrorStudy` takes."""
+    try:
+        named_damping(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({', '.join(DAMPINGS)}, {_KINDS})") from error
+    return text
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -280,25 +301,11 @@ def _add_replay(commands: Any) -> None:
     add = _add_command(commands, "replay", _replay, "measure the algorithms' errors on a recording").add_argument
     add("--layer", required=True, metavar="NAME", help="the layer to replay")
     _add_settings(add)
-    add("--damping", type=_damping, default="own", metavar="D", help=f"own phi lambda_max, common, or {_KINDS}")
     add("--algorithms", nargs="+", default=list(SEVEN), metavar="NAME", help=_NAMES)
     add("--backend", choices=tuple(_BACKENDS), default="numpy", help="where to compute")
     add("--dtype", choices=("float64", "float32"), default="float64", help="to compute in")
     add("--out", required=True, type=path, metavar="CSV", help="the error table")
     add("--plot", type=path, metavar="FILE", help="a figure of the four metrics (pdf, png, svg)")
-
-
-_KINDS = "phi=, mean=, lam= or pi=VALUE"
-
-
-def _damping(text: str) -> str:
-    """own, common, or a damping that is a lam for each factor."""
-    try:
-        if text not in DAMPINGS and not Damping.parse(text).separable:
-            raise InputError("a damping of both factors at once: see kfacerr inspect --damping-map")
-    except InputError as error:
-        raise argparse.ArgumentTypeError(f"invalid choice: {text!r} ({', '.join(DAMPINGS)}, {_KINDS})") from error
-    return text
 
 
 def _replay(arguments: argparse.Namespace) -> None:
@@ -321,7 +328,8 @@ def _replay(arguments: argparse.Namespace) -> None:
         if arguments.plot is not None:
             from .plot import error_figure, save
 
-            figure = error_figure(frame, METRICS, block=layer.update_every, title=f"layer {layer.name}")
+            title = f"layer {layer.name}"
+            figure = error_figure(frame, metrics_of(frame), block=layer.update_every, title=title)
             save(figure, arguments.plot)
         notes = not_used(study.names, settings, {"A": layer.d_A, "G": layer.d_G}, layer.n)
     print(averages(frame).to_markdown(index=False, floatfmt=".3g"))

@@ -8,8 +8,8 @@
     product=1e-3  1/(lambda_i(Gamma) lambda_j(A) + lam) in both eigenbases, as in kronfluence and EKFAC
     cut=1e-3      pseudo-inverse: eigenvalues up to 1e-3 lambda_max are left out
 
-All but the last two are a lam for each factor, and so a damping ratio phi = lam/lambda_max: wherever a phi goes,
-so do they. "pi" is "mean" in other words: lam_A = (lam/(m_A m_G))^(1/2) m_A with m the mean eigenvalues.
+All but the last two are a lam for each factor, and so a damping ratio phi = lam/lambda_max. "pi" is "mean" in
+other words: lam_A = (lam/(m_A m_G))^(1/2) m_A with m the mean eigenvalues.
 """
 
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .checks import instance
 from .exceptions import InputError
 
 __all__ = ["KINDS", "RELATIVE", "Damping", "Scale"]
@@ -91,6 +92,11 @@ class Damping:
             raise InputError(f"damping {text!r} is none of {told}") from None
         return cls(kind, number)
 
+    @classmethod
+    def of(cls, value: "str | Damping") -> "Damping":
+        """A damping, or the one of a text; an InputError for anything else."""
+        return value if isinstance(value, Damping) else cls.parse(instance(value, "damping", str))
+
     def __str__(self) -> str:
         return f"{self.kind}={self.value:g}"
 
@@ -99,18 +105,54 @@ class Damping:
         """Whether it is a lam for each factor."""
         return self.kind not in ("product", "cut")
 
+    def of_each_factor(self) -> "Damping":
+        """Itself; an InputError where it is not `separable`."""
+        if not self.separable:
+            raise InputError(f"damping {str(self)!r} is no lam for each factor")
+        return self
+
+    def level(self, M: Scale) -> float:
+        """lam of one factor by itself; what is left out, for a cut.
+
+        Args:
+            M: the factor's.
+
+        Returns:
+            The level.
+
+        Raises:
+            InputError: "pi" and "product", which are of both factors.
+        """
+        match self.kind:
+            case "phi" | "cut":
+                return self.value * M.top
+            case "mean":
+                return self.value * M.mean
+            case "lam":
+                return self.value
+        other = "; mean=VALUE is the same in other words" if self.kind == "pi" else ""
+        raise InputError(f"damping {str(self)!r} is of both factors at once{other}")
+
     def levels(self, A: Scale, G: Scale) -> tuple[float, float]:
         """lam_A and lam_G; for a cut what is left out, for the grid of products its one lam twice."""
         match self.kind:
-            case "phi" | "cut":
-                return self.value * A.top, self.value * G.top
-            case "mean":
-                return self.value * A.mean, self.value * G.mean
             case "pi":
                 split = (A.mean / G.mean) ** 0.5
                 return split * self.value**0.5, self.value**0.5 / split
-            case _:
+            case "product":
                 return self.value, self.value
+            case _:
+                return self.level(A), self.level(G)
+
+    def ratios(self, A: Scale, G: Scale) -> tuple[float, float]:
+        """What it is of each factor's largest eigenvalue: the eigenvalues above are those that it resolves.
+
+        On the grid of products it resolves lambda_i(A) if lambda_i(A) lambda_max(Gamma) is above lam.
+        """
+        one, other = self.levels(A, G)
+        if self.kind == "product":
+            return one / (A.top * G.top), other / (A.top * G.top)
+        return one / A.top, other / G.top
 
     def inverse(self, w: np.ndarray, level: float) -> np.ndarray:
         """Eigenvalues of one factor's damped inverse.

@@ -23,6 +23,7 @@ import numpy as np
 
 from .array import add_to_diagonal, eigh_descending, failures, norm
 from .certificate import Certificate
+from .damping import Damping, Scale
 from .exceptions import InputError
 from .inverse import (
     CONTINUATIONS,
@@ -85,9 +86,9 @@ class FactorAudit:
         nonfinite: entries that are NaN or Inf; of such a factor nothing else is known.
         rank_99: leading modes that hold 99% of the trace.
         above: eigenvalues above the damping; of a large factor, of those that were computed.
-        phi: damping ratio.
+        phi: damping ratio, lam / lambda_max.
         power: p, of the (M + lam I)^-p that errors are of.
-        lam: damping, phi lambda_max.
+        lam: damping.
         condition: of M + lam I.
         rank: r.
         beyond: the share of the trace beyond the r leading modes; of a large factor an upper bound.
@@ -144,19 +145,24 @@ class Examined:
     inverses: Mapping[str, Inverse] = field(default_factory=dict)
 
 
-def examine(factor: StoredFactor, *, rank: int, phi: float, power: float = 1.0) -> Examined:
+def examine(
+    factor: StoredFactor, *, rank: int, phi: float = 0.1, damping: Damping | None = None, power: float = 1.0
+) -> Examined:
     """Reads a factor and says what it is like.
 
     Args:
         factor: where it is.
         rank: r, of truncations.
         phi: damping ratio; lam = phi lambda_max.
+        damping: a lam of one factor in its place.
         power: p in (0, 1], to measure errors of (M + lam I)^-p.
 
     Returns:
         What was found. A factor that is not finite, zero or not positive is a finding, no error.
     """
     d, dtype = factor.array.shape[0], factor.array.dtype
+    damping = Damping("phi", phi) if damping is None else damping
+    phi = damping.value if damping.kind == "phi" else NAN
     audit = FactorAudit(factor.layer, factor.side, d, dtype, phi, min(rank, d), power)
     M = factor.array.read()
     wide = d <= EXACT_UP_TO or dtype == "float64"
@@ -169,9 +175,10 @@ def examine(factor: StoredFactor, *, rank: int, phi: float, power: float = 1.0) 
     unit = _unit(M)
     M *= 1 / unit  # a power of two: no square of an entry leaves the range
     asymmetry = _symmetrised(M)
-    size = unit if math.isnan(count) else unit / count
     audit = replace(audit, count=count, asymmetry=asymmetry, findings=(*told, *_asymmetric(asymmetry, dtype)))
-    examined = (_exact if d <= EXACT_UP_TO else _partial)(M, audit)
+    size = unit if math.isnan(count) else unit / count
+    held = replace(damping, value=damping.value / size) if damping.kind == "lam" else damping
+    examined = (_exact if d <= EXACT_UP_TO else _partial)(M, audit, held)
     if factor.basis is not None and d <= EXACT_UP_TO:
         examined = replace(examined, audit=_with_basis(examined.audit, M, factor.basis.read().astype(np.float64)))
     sized = {name: size * getattr(examined.audit, name) for name in ("trace", "lambda_max", "lambda_min", "lam")}
@@ -214,10 +221,10 @@ def _asymmetric(asymmetry: float, dtype: str) -> tuple[str, ...]:
     return (f"asymmetric, ||M - M^T|| = {asymmetry:.2g} ||M||: what follows is of its symmetric part",)
 
 
-def _exact(M: np.ndarray, audit: FactorAudit) -> Examined:
+def _exact(M: np.ndarray, audit: FactorAudit, damping: Damping) -> Examined:
     """With all eigenvalues, in float64."""
     w, V = eigh_descending(M, "factor")
-    audit = _spectral(audit, w, float(w.sum()), float(w[0]), float(w[-1]))
+    audit = _spectral(audit, w, damping, float(w.sum()), float(w[0]), float(w[-1]))
     audit = replace(audit, negative=int((w < 0).sum()))
     if not audit.lam + min(audit.lambda_min, 0.0) > 0:
         return Examined(audit, w)
@@ -240,7 +247,7 @@ def _exact(M: np.ndarray, audit: FactorAudit) -> Examined:
     return Examined(audit, w, low, reference, inverses)
 
 
-def _partial(M: np.ndarray, audit: FactorAudit) -> Examined:
+def _partial(M: np.ndarray, audit: FactorAudit, damping: Damping) -> Examined:
     """With the leading modes and the two ends of the spectrum; M is used up."""
     trace, top, size = float(np.trace(M, dtype=np.float64)), lambda_max(M), norm(M)
     low = rsvd(M, audit.rank + 10, oversampling=10, n_pwr_it=4, rng=np.random.default_rng(0))
@@ -248,7 +255,7 @@ def _partial(M: np.ndarray, audit: FactorAudit) -> Examined:
     add_to_diagonal(M, np.asarray(top, dtype=M.dtype))
     bottom = top - lambda_max(M)
     w = low.D.astype(np.float64)
-    audit = _spectral(audit, w, trace, top, bottom)
+    audit = _spectral(audit, w, damping, trace, top, bottom)
     size_of = f"{M.nbytes / 2**30:.1f} GiB"
     told = f"d > {EXACT_UP_TO}: {low.m} leading modes by an RSVD in {size_of}, and bounds in place of errors"
     audit = replace(audit, findings=(*audit.findings, told))
@@ -258,13 +265,16 @@ def _partial(M: np.ndarray, audit: FactorAudit) -> Examined:
     return Examined(audit, w)
 
 
-def _spectral(audit: FactorAudit, w: np.ndarray, trace: float, top: float, bottom: float) -> FactorAudit:
+def _spectral(
+    audit: FactorAudit, w: np.ndarray, damping: Damping, trace: float, top: float, bottom: float
+) -> FactorAudit:
     """What the eigenvalues w (m,), descending, say; all of them or the leading ones."""
-    lam = audit.phi * top
-    audit = replace(audit, trace=trace, lambda_max=top, lambda_min=bottom, lam=lam)
+    audit = replace(audit, trace=trace, lambda_max=top, lambda_min=bottom)
     if not top > 0:
         told = "it is zero" if top == 0 == bottom else "it has no positive eigenvalue"
         return replace(audit, findings=(*audit.findings, f"{told}: there is nothing to damp by"))
+    lam = damping.level(Scale(audit.d, top, trace))
+    audit = replace(audit, lam=lam, phi=audit.phi if damping.kind == "phi" else lam / top)
     held = np.cumsum(np.maximum(w, 0))
     whole = held[-1] if len(w) == audit.d else trace
     enough = np.flatnonzero(held >= SHARE * whole)
@@ -288,9 +298,9 @@ def _negative(audit: FactorAudit, top: float, bottom: float, lam: float) -> list
             f"an eigenvalue of {bottom / top:.2g} lambda_max, beyond the rounding of {audit.dtype}: not p.s.d."
         )
     if bottom + lam <= 0:
-        told.append(f"M + lam I is indefinite at phi = {audit.phi:g}: a larger phi is needed")
+        told.append(f"M + lam I is indefinite at phi = {audit.phi:.3g}: a larger damping is needed")
     elif audit.phi < rounding:
-        told.append(f"phi = {audit.phi:g} is below the rounding of {audit.dtype}, {rounding:.2g}")
+        told.append(f"phi = {audit.phi:.3g} is below the rounding of {audit.dtype}, {rounding:.2g}")
     return told
 
 

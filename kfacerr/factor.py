@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from .array import check_columns, failures, is_finite, map_arrays, namespace, scaled, to_dtype
 from .checks import choice, instance, names, whole
+from .damping import Scale
 from .ea import EAFactor
 from .exceptions import InputError
 from .inverse import DampedInverse, DenseInverse, Exact, check_continuation, damped_inverse, exact_inverse
@@ -59,6 +60,7 @@ class KFactor:
         self._like: Array = None  # the first columns' kind: (d, 0)
         self._updates = 0
         self._inverses: dict[tuple[str, str], _Held] = {}
+        self._scales: dict[str, tuple[Estimate, Scale | None]] = {}
         self._reference: tuple[int, float, DenseInverse, Array] | None = None  # updates, phi, inverse, lam
 
     def __repr__(self) -> str:
@@ -68,6 +70,11 @@ class KFactor:
     def d(self) -> int | None:
         """Its dimension; None before the first columns."""
         return None if self._like is None else self._like.shape[0]
+
+    @property
+    def squared_unit(self) -> float:
+        """What M is multiplied with."""
+        return (self.unit or 1.0) ** 2
 
     @property
     def dense(self) -> bool:
@@ -233,6 +240,25 @@ class KFactor:
         self._inverses[name, continuation] = _Held(estimate, damping, inverse)
         return inverse
 
+    def scale(self, name: str) -> Scale | None:
+        """What dampings of a process's estimate refer to, of M itself, whatever the unit.
+
+        Args:
+            name: of the process.
+
+        Returns:
+            Its dimension, largest eigenvalue, and the trace of M as it was then; None where `inverse` gives none.
+        """
+        estimate = self.processes[choice(name, "process", self.processes)].estimate
+        if estimate is None or estimate.lowrank.m == 0:
+            return None
+        held = self._scales.get(name)
+        if held is None or held[0] is not estimate:
+            top = float(estimate.lowrank.lambda_max) / self.squared_unit
+            trace = float(estimate.trace) / self.squared_unit
+            held = self._scales[name] = estimate, Scale(estimate.lowrank.d, top, trace) if top > 0 else None
+        return held[1]
+
     def reference(self, phi: float) -> tuple[DenseInverse, Array]:
         """The exact damped inverse of unit^2 M_k, and its damping; kept until M or phi changes.
 
@@ -270,6 +296,7 @@ class KFactor:
         for name, process in self.processes.items():
             process.load_state_dict(state["processes"][name])
         self._inverses.clear()
+        self._scales.clear()
         self._reference = None
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .checks import whole
+from .damping import Damping, Scale
 from .examine import PRECISIONS, SIDES, FactorAudit, examine, layer_steps
 from .exceptions import InputError
 from .files import write_csv, write_text
@@ -34,7 +35,7 @@ __all__ = ["Inspection", "inspect"]
 MEANING = {
     "stable": "stable rank, trace / lambda_max",
     "99%": "leading eigenvalues that hold 99% of the trace",
-    "> lam": "eigenvalues above the damping lam = phi lambda_max",
+    "> lam": "eigenvalues above the damping lam",
     "min": "the smallest eigenvalue over lambda_max, negative where M is not p.s.d.",
     "cond.": "condition of M + lam I",
     "asym.": "asymmetry ||M - M^T|| / ||M|| as stored",
@@ -52,6 +53,7 @@ def inspect(
     *,
     rank: int | None = None,
     phi: float = 0.1,
+    damping: str | Damping | None = None,
     gradients: Any = None,
 ) -> "Inspection":
     """Audits the K-factors in a file, a folder, a state dict, or one as an array.
@@ -65,6 +67,7 @@ def inspect(
         source: a path, an array (d, d), or nested mappings and lists of arrays in a layout of `kfacerr.stored`.
         rank: r of truncations; by default an eighth of the layer's smaller dimension, at least 4 and at most 220.
         phi: damping ratio.
+        damping: a lam of each factor in its place, "mean=0.1" or "lam=1e-3", see `kfacerr.damping`.
         gradients: by layer (d_G, d_A), a mapping or a file, to measure steps on; a layer may be left out.
 
     Returns:
@@ -73,7 +76,7 @@ def inspect(
     Raises:
         InputError: nothing there is a K-factor, a file that cannot be read, or values out of range.
     """
-    check_phi(phi)
+    chosen = Damping("phi", check_phi(phi)) if damping is None else _of_one(damping)
     if rank is not None:
         whole(rank, "rank", 1)
     tree, name = _tree(source)
@@ -82,7 +85,14 @@ def inspect(
     unknown = sorted(set(given) - set(layers))
     if unknown:
         raise InputError(f"no layer {unknown[0]!r} that a gradient is given of; there are {', '.join(layers)}")
-    return Inspection(layers, given, rank=rank, phi=phi, title=f" in {name}" if name else "")
+    return Inspection(layers, given, rank=rank, damping=chosen, title=f" in {name}" if name else "")
+
+
+def _of_one(damping: str | Damping) -> Damping:
+    """A damping of one factor."""
+    chosen = Damping.of(damping).of_each_factor()
+    chosen.level(Scale(1, 1.0, 1.0))
+    return chosen
 
 
 def _tree(source: Any) -> tuple[Any, str]:
@@ -114,7 +124,7 @@ class Inspection:
         layers: the factors, by layer.
         gradients: by layer.
         rank: r; None for a default by the layer's dimensions.
-        phi: damping ratio.
+        damping: the lam of each factor.
         title: where they come from, at the end of a line.
 
     Attributes:
@@ -129,7 +139,7 @@ class Inspection:
         gradients: Mapping[str, Any],
         *,
         rank: int | None,
-        phi: float,
+        damping: Damping,
         title: str,
     ) -> None:
         import pandas as pd
@@ -147,7 +157,7 @@ class Inspection:
                 power = _power(factors)
                 examined = {}
                 for factor in factors:
-                    examined[factor.side] = examine(factor, rank=r, phi=phi, power=power)
+                    examined[factor.side] = examine(factor, rank=r, damping=damping, power=power)
                     bar.update()
                 self.factors += [one.audit for one in examined.values()]
                 self._spectra[layer] = {side: one.spectrum for side, one in examined.items()}
@@ -155,12 +165,12 @@ class Inspection:
                 rows += [(layer, *row) for row in found]
         columns = ["layer", "gradient", "continuation", "step_norm", "step_angle"]
         self.steps = pd.DataFrame(rows, columns=columns)
-        self.phi = phi
+        self.damping = damping
         counted = [
             f"{len(what)} {name}{'s' * (len(what) != 1)}"
             for what, name in ((self.factors, "K-factor"), (layers, "layer"))
         ]
-        self.title = f"{' of '.join(counted)}{title}, phi = {phi:g}"
+        self.title = f"{' of '.join(counted)}{title}, {damping.kind} = {damping.value:g}"
         self.seconds = time.perf_counter() - started
 
     @property
@@ -278,21 +288,23 @@ class Inspection:
             raise InputError(f"no layer {layer!r}; there are {', '.join(self._spectra)}")
         chosen = self._spectra if layer is None else {layer: self._spectra[layer]}
         title = self.title if layer is None else f"layer {layer}"
-        return spectrum_figure(chosen, self.phi, title=title, dark=dark)
+        phi = self.damping.value if self.damping.kind == "phi" else None
+        return spectrum_figure(chosen, phi, title=title, dark=dark)
 
-    def damping_map(self, layer: str | None = None) -> "pd.DataFrame":
+    def damping_map(self, layer: str | None = None, *, continuation: str = "min") -> "pd.DataFrame":
         """Errors (1)-(4) of truncations, and the condition, over damping and rank, see `kfacerr.damping_map`.
 
-        On the gradient that is given of the layer, else on one drawn from K-FAC's model; continued by "min".
+        On the gradient that is given of the layer, else on one drawn from K-FAC's model.
 
         Args:
             layer: its name; the first with both factors if None.
+            continuation: of the truncated spectra.
 
         Returns:
             Columns layer, damping, share, rank, metric, value.
 
         Raises:
-            InputError: there is no such layer, or none with both factors in full.
+            InputError: no such layer, none with both factors in full, or no such continuation.
         """
         from .damping_map import damping_map, ranks_around
 
@@ -306,16 +318,18 @@ class Inspection:
         left, right = next(pair for pair in SIDES if all(side in spectra for side in pair))
         assert J is not None
         rank = next(audit.rank for audit in self.factors if audit.layer == chosen)
-        frame = damping_map(spectra[left], spectra[right], J, ranks_around(rank, min(J.shape)))
+        ranks = ranks_around(rank, min(J.shape))
+        frame = damping_map(spectra[left], spectra[right], J, ranks, continuation=continuation)
         frame.insert(0, "layer", chosen)
         return frame
 
-    def plot_damping(self, layer: str | None = None, *, dark: bool = False) -> "Figure":
+    def plot_damping(self, layer: str | None = None, *, continuation: str = "min", dark: bool = False) -> "Figure":
         """The damping map of a layer as a matplotlib Figure; arguments as for `damping_map` and `plot`."""
         from .plot import damping_figure
 
-        frame = self.damping_map(layer)
-        return damping_figure(frame, title=f"layer {frame['layer'].iloc[0]}: damping and rank", dark=dark)
+        frame = self.damping_map(layer, continuation=continuation)
+        title = f"layer {frame['layer'].iloc[0]}: damping and rank, continuation {continuation}"
+        return damping_figure(frame, title=title, dark=dark)
 
     def to_csv(self, path: str | Path) -> None:
         """Writes the table."""

@@ -218,9 +218,9 @@ def check_continuation(continuation: str) -> None:
     choice(continuation, "continuation", (*CONTINUATIONS, ESCAPED))
 
 
-def check_phi(phi: float) -> None:
-    """Refuses what is no damping ratio."""
-    positive(phi, "damping ratio phi")
+def check_phi(phi: float) -> float:
+    """Refuses what is no damping ratio; as a float."""
+    return positive(phi, "damping ratio phi")
 
 
 def check_applies(inverse: Inverse, d: int | None = None, X: Array = None) -> None:

@@ -209,13 +209,13 @@ FLOOR = 1e-10
 
 
 def spectrum_figure(
-    spectra: Mapping[str, Mapping[str, np.ndarray]], phi: float, *, title: str = "", dark: bool = False
+    spectra: Mapping[str, Mapping[str, np.ndarray]], phi: float | None, *, title: str = "", dark: bool = False
 ) -> Figure:
     """Eigenvalues over the largest one, and the damping: a panel a side, a curve a layer.
 
     Args:
         spectra: by layer and side, descending; empty where there is none.
-        phi: damping ratio, drawn as a line.
+        phi: damping ratio, drawn as a line; None where the factors have no one ratio.
         title: one line above the figure.
         dark: for a dark background.
 
@@ -240,7 +240,8 @@ def spectrum_figure(
                         marker=".",
                         markersize=2,
                     )
-            ax.axhline(phi, color="#D55E00", linewidth=0.8, linestyle="--", label=f"damping, phi = {phi:g}")
+            if phi is not None:
+                ax.axhline(phi, color="#D55E00", linewidth=0.8, linestyle="--", label=f"damping, phi = {phi:g}")
             ax.set(
                 xscale="log",
                 yscale="log",
@@ -251,8 +252,9 @@ def spectrum_figure(
             ax.grid(True, which="major", linewidth=0.3, alpha=0.6)
             ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             ax.minorticks_off()
-        if len(spectra) <= 12:
-            figure.axes[-1].legend(fontsize=7, frameon=False)
+        named = max(reversed(figure.axes), key=lambda ax: len(ax.get_legend_handles_labels()[1]))
+        if len(spectra) <= 12 and named.get_legend_handles_labels()[1]:
+            named.legend(fontsize=7, frameon=False)
         if title:
             figure.suptitle(title, fontsize=9)
     return figure

@@ -16,6 +16,7 @@ import numpy as np
 from .algorithms import SEVEN, Algorithm, not_used
 from .array import to_numpy
 from .checks import choice, instance, names
+from .damping import Damping
 from .exceptions import InputError
 from .factor import KFactor
 from .files import write_atomically, write_text
@@ -25,7 +26,7 @@ from .process import Settings
 from .replay import replay
 from .rsvd import rsvd
 from .stream import Step, Window, Windows
-from .study import CERTIFIED, ErrorStudy, Row, table
+from .study import CERTIFIED, ErrorStudy, Row, metrics_of, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +59,7 @@ class FactorFacts:
         d: its dimension.
         trace: tr M.
         stable_rank: tr M / lambda_max.
-        above: eigenvalues above the damping phi lambda_max; of a large factor, of those that were computed.
+        above: eigenvalues above the damping; of a large factor, of those that were computed.
         beyond: the share of tr M beyond the r leading eigenvalues; of a large factor an upper bound.
     """
 
@@ -69,9 +70,9 @@ class FactorFacts:
     beyond: float
 
     @classmethod
-    def of(cls, factor: KFactor, rank: int, phi: float) -> "FactorFacts":
-        """Of the factor as it stands."""
-        M, unit = factor.average.M, (factor.unit or 1.0) ** 2
+    def of(cls, factor: KFactor, rank: int, ratio: float) -> "FactorFacts":
+        """Of the factor as it stands, with a damping of `ratio` times its largest eigenvalue."""
+        M, unit = factor.average.M, factor.squared_unit
         d, trace = M.shape[0], float(factor.average.trace)
         if d <= EXACT_UP_TO:
             w = np.linalg.eigvalsh(to_numpy(M).astype(np.float64))[::-1]
@@ -79,7 +80,7 @@ class FactorFacts:
             w = to_numpy(rsvd(M, rank, oversampling=10, n_pwr_it=4, rng=np.random.default_rng(0)).D)
         top = float(w[0])
         kept = float(np.maximum(w[:rank], 0).sum())
-        return cls(d, trace / unit, trace / top, int((w > phi * top).sum()), max(0.0, 1 - kept / trace))
+        return cls(d, trace / unit, trace / top, int((w > ratio * top).sum()), max(0.0, 1 - kept / trace))
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class LayerFacts:
         name: of the layer.
         n: columns of an update.
         settings: of the processes.
-        phi: damping ratio.
+        damping: as `ErrorStudy` takes it, in words.
         every: iterations between updates of the factors.
         windows: where errors were measured.
         factors: by side.
@@ -101,7 +102,7 @@ class LayerFacts:
     name: str
     n: int
     settings: Settings
-    phi: float
+    damping: str
     every: int
     windows: tuple[Window, ...]
     factors: Mapping[str, FactorFacts]
@@ -118,6 +119,7 @@ class Measurement:
         windows: where errors are measured.
         algorithms: names; the seven of §4.2 by default.
         phi: damping ratio, where a step brings none.
+        damping: as `ErrorStudy` takes it.
         every: iterations between updates of the factors, for the plots' blocks.
 
     Attributes:
@@ -135,10 +137,11 @@ class Measurement:
         *,
         algorithms: Sequence[str | Algorithm] = SEVEN,
         phi: float = 0.1,
+        damping: str | Damping = "own",
         every: int = 10,
     ) -> None:
         self.name, self.settings, self.phi, self.every = name, settings, phi, every
-        self.study = ErrorStudy(algorithms, settings, windows, phi=phi, certify=True)
+        self.study = ErrorStudy(algorithms, settings, windows, phi=phi, damping=damping, certify=True)
         self.rows: list[Row] = []
         self.seconds = 0.0
         self._n = 0
@@ -171,14 +174,15 @@ class Measurement:
         if any(factor.average.M is None for factor in factors.values()):
             raise InputError(f"layer {self.name!r}: no columns came in, there is nothing to report")
         rank = self.settings.rank
-        found = {side: FactorFacts.of(factor, rank, self._phi_used) for side, factor in factors.items()}
+        ratios = self.study.ratios(self._phi_used)
+        found = {side: FactorFacts.of(factor, rank, ratios[side]) for side, factor in factors.items()}
         seen = {row.k for row in self.rows}
         reached: list[Window] = []
         missed: list[Window] = []
         for window in self.study.windows if windows is None else windows:
             (reached if any(k in window for k in seen) else missed).append(window)
         notes = (*self._notes(found, missed), *([remark] if remark else []))
-        settings = (self.settings, self._phi_used, self.every, tuple(reached))
+        settings = (self.settings, self.study.said(self._phi_used), self.every, tuple(reached))
         return LayerFacts(self.name, self._n, *settings, found, self.seconds, notes)
 
     def _notes(self, factors: Mapping[str, FactorFacts], missed: Sequence[Window]) -> Iterable[str]:
@@ -246,7 +250,7 @@ class Report:
         grouped = part.groupby(["algorithm", "metric"]).value
         mean, low, high = (getattr(grouped, what)().unstack() for what in ("mean", "min", "max"))
         columns: dict[str, Any] = {}
-        for metric in METRICS:
+        for metric in metrics_of(part):
             columns[metric] = [_spread(mean, low, high, name, metric) for name in order]
         for side, metric in CERTIFIED.items():
             if metric in mean:
@@ -317,7 +321,7 @@ class Report:
         part = self.table[(self.table.layer == facts.name) & self.table.metric.isin(METRICS)]
         if part.empty:
             raise InputError(f"layer {facts.name!r}: nothing was measured, there is nothing to plot")
-        return error_figure(part, METRICS, block=facts.every, title=_about(facts), dark=dark)
+        return error_figure(part, metrics_of(part), block=facts.every, title=_about(facts), dark=dark)
 
     def _find(self, layer: str | None) -> LayerFacts:
         if not self.layers:
@@ -369,6 +373,7 @@ def report_recording(
     rank: int | None = None,
     algorithms: Sequence[str | Algorithm] = SEVEN,
     phi: float | None = None,
+    damping: str | Damping = "own",
     dtype: str = "float64",
     **settings: Any,
 ) -> Report:
@@ -380,6 +385,7 @@ def report_recording(
         rank: r; by default an eighth of the smaller dimension, at least 4 and at most 220.
         algorithms: names; the seven by default.
         phi: damping ratio in place of the recording's, or of 0.1.
+        damping: as `ErrorStudy` takes it.
         dtype: to compute in.
         **settings: others of `Settings`.
 
@@ -406,6 +412,7 @@ def report_recording(
             layer.windows,
             algorithms=algorithms,
             phi=0.1 if phi is None else phi,
+            damping=damping,
             every=layer.update_every,
         )
         for _ in replay(layer, measurement.push, convert=lambda X: X.astype(dtype), phi=phi):
@@ -422,12 +429,12 @@ def default_rank(d_A: int, d_G: int) -> int:
 
 
 def _about(layer: LayerFacts) -> str:
-    """One line: r, n, phi, rho, T_updt, windows."""
+    """One line: r, n, damping, rho, T_updt, windows."""
     s = layer.settings
     shown = [f"{w.start}-{w.start + w.length - 1}" for w in layer.windows]
     windows = ", ".join(shown if len(shown) <= 4 else [*shown[:2], "...", shown[-1]]) or "none"
     return (
-        f"layer {layer.name}: r = {s.rank}, n = {layer.n}, phi = {layer.phi:g}, rho = {s.rho:g}, "
+        f"layer {layer.name}: r = {s.rank}, n = {layer.n}, {layer.damping}, rho = {s.rho:g}, "
         f"new columns every {layer.every} iterations, measured in iterations {windows}"
     )
 

@@ -20,6 +20,7 @@ from .damping import Damping, Scale
 from .exceptions import InputError
 from .factor import KFactor
 from .inverse import DampedInverse, DenseInverse, Inverse, check_phi, precondition_linear
+from .joint import JointErrors
 from .lanczos import lambda_max
 from .metrics import METRICS, angle_error, inverse_error, norm_error, step_coordinates
 from .process import Process, Settings
@@ -28,13 +29,23 @@ from .stream import Array, Step, Window, Windows, ordered
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["CERTIFIED", "DAMPINGS", "ErrorStudy", "Row", "averages", "by_window", "table"]
+__all__ = [
+    "CERTIFIED",
+    "DAMPINGS",
+    "ErrorStudy",
+    "Row",
+    "averages",
+    "by_window",
+    "metrics_of",
+    "named_damping",
+    "table",
+]
 
 DAMPINGS = ("own", "common")
 """lam = phi * lambda_max of each method's own representation, or the reference's lam for all.
 
-Besides these a study takes dampings of `kfacerr.damping` that are a lam for each factor, such as "mean=0.1": of
-each method's own representation and trace, whatever phi a step brings.
+Besides these a study takes the dampings of `kfacerr.damping`, such as "mean=0.1": of each method's own
+representation and trace, whatever phi a step brings.
 """
 
 CERTIFIED = {"A": "certified_A", "G": "certified_G"}
@@ -82,15 +93,20 @@ def by_window(frame: "pd.DataFrame") -> "list[tuple[str, pd.DataFrame]]":
     ]
 
 
+def metrics_of(frame: "pd.DataFrame") -> list[str]:
+    """Those of the four metrics that a table has, in their order: the grid of products has (3) and (4) alone."""
+    return [metric for metric in METRICS if (frame.metric == metric).any()]
+
+
 def averages(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """The mean of every metric over each window, algorithms in their order (the error columns of Table 1).
+    """The mean of every metric that is there over each window, algorithms in their order (Table 1's columns).
 
     `window`, its first iteration, is a column if it is one of the table's.
     """
     order = list(dict.fromkeys(frame.algorithm))
     window = [name for name in ("epoch", "window") if name in frame]
     mean = frame.groupby([*window, "algorithm", "metric"]).value.mean().unstack()
-    return mean.reindex(order, level="algorithm")[list(METRICS)].reset_index()
+    return mean.reindex(order, level="algorithm")[metrics_of(frame)].reset_index()
 
 
 class _Measured(NamedTuple):
@@ -113,7 +129,8 @@ class ErrorStudy:
         settings: of the processes, and their continuation where a name has none.
         windows: where errors are measured; they must not overlap.
         phi: damping ratio, where a step brings none.
-        damping: "own", "common", or a damping such as "mean=0.1", see `DAMPINGS`.
+        damping: "own", "common", or one such as "mean=0.1", see `DAMPINGS`; on the grid of products
+            ("product=1e-3") there are metrics (3) and (4) alone.
         certify: also give the certified bounds on metrics (1) and (2), where there are any.
 
     Attributes:
@@ -130,7 +147,7 @@ class ErrorStudy:
         windows: Windows,
         *,
         phi: float = 0.1,
-        damping: str = "own",
+        damping: str | Damping = "own",
         certify: bool = False,
     ) -> None:
         check_phi(phi)
@@ -144,8 +161,11 @@ class ErrorStudy:
             for i, side in enumerate("AG")
         }
         self.phi = phi
-        self.damping = damping
-        self._damping = None if damping in DAMPINGS else _separable(damping)
+        self._damping = named_damping(damping)
+        self.damping = str(self._damping or damping)
+        self._joint = (
+            None if self._damping is None or self._damping.separable else JointErrors(self._damping, self.factors)
+        )
         self._scales: dict[str, tuple[Array, Scale]] = {}
         self.certify = switch(certify, "certify")
         self.last_k = -1
@@ -226,23 +246,32 @@ class ErrorStudy:
     # -------------------------------------------------------------------------------------------- metrics
 
     def _measure(self, step: Step, columns: Mapping[str, Array], window: Window) -> list[Row]:
+        if self._joint is not None:
+            return self._measure_jointly(self._joint, step, columns, window)
         phi = self.phi if step.phi is None else step.phi
-        phis = {"A": phi, "G": phi} if self._damping is None else self._ratios(self._exact_scales())
+        phis = self.ratios(phi)
         references = {side: factor.reference(phis[side]) for side, factor in self.factors.items()}
         exact = _applied(columns, {side: inverse for side, (inverse, _) in references.items()})
-        rows = []
+        rows: list[Row] = []
         for measured in self.measured:
             own = phis if self._damping is None else self._ratios(self._own_scales(measured))
             inverses = {side: self._inverse(measured, side, own[side], references[side][1]) for side in "AG"}
             errors = {s: self._error(measured, s, inverses[s], references[s][0]) for s in "AG"}
             S, S_ref = step_coordinates(*_applied(columns, inverses), *exact)
             values = (errors["A"], errors["G"], norm_error(S, S_ref), angle_error(S, S_ref))
-            for metric, value in zip(METRICS, values, strict=True):
-                if not math.isfinite(value):
-                    raise InputError(f"{measured.name}: {metric} is {value}: beyond the range of {S.dtype}")
-                rows.append(Row(measured.name, step.k, metric, value, window.epoch))
+            rows += _rows(measured.name, step, dict(zip(METRICS, values, strict=True)), window)
             if self.certify and step.update:
                 rows += self._certified(measured, step.k, inverses, window.epoch)
+        return rows
+
+    def _measure_jointly(
+        self, joint: JointErrors, step: Step, columns: Mapping[str, Array], window: Window
+    ) -> list[Row]:
+        joint.take(columns, self._exact_scales())
+        rows: list[Row] = []
+        for measured in self.measured:
+            errors = joint.of(measured.process, measured.continuation, self._own_scales(measured))
+            rows += _rows(measured.name, step, errors, window)
         return rows
 
     def _inverse(self, measured: _Measured, side: str, phi: float, lam: Array) -> Inverse:
@@ -253,11 +282,19 @@ class ErrorStudy:
             raise InputError(f"{side}: {measured.name} {_EMPTY}")
         return inverse
 
+    def ratios(self, phi: float) -> dict[str, float]:
+        """The damping over the largest eigenvalue of each factor as it stands; phi where it is the paper's."""
+        return dict.fromkeys("AG", phi) if self._damping is None else self._ratios(self._exact_scales())
+
+    def said(self, phi: float) -> str:
+        """The damping in words: "phi = 0.1", or the name of another."""
+        if self._damping is not None:
+            return f"damping {self.damping}"
+        return f"phi = {phi:g}" + (" in common" if self.damping == "common" else "")
+
     def _ratios(self, scales: Mapping[str, Scale]) -> dict[str, float]:
-        """A damping of `kfacerr.damping` as a ratio phi for each factor."""
         assert self._damping is not None
-        levels = self._damping.levels(scales["A"], scales["G"])
-        return {side: level / scales[side].top for side, level in zip("AG", levels, strict=True)}
+        return dict(zip("AG", self._damping.ratios(scales["A"], scales["G"]), strict=True))
 
     def _exact_scales(self) -> dict[str, Scale]:
         """Of M_k; found once an update, each of which makes a trace of its own."""
@@ -271,10 +308,10 @@ class ErrorStudy:
         """Of an algorithm's estimates, and of M's trace as it was then."""
         scales = {}
         for side, factor in self.factors.items():
-            estimate = factor.processes[measured.process].estimate
-            if estimate is None or estimate.lowrank.m == 0 or not float(estimate.lowrank.lambda_max) > 0:
+            scale = factor.scale(measured.process)
+            if scale is None:
                 raise InputError(f"{side}: {measured.name} {_EMPTY}")
-            scales[side] = _scale(factor, float(estimate.lowrank.lambda_max), estimate.trace)
+            scales[side] = scale
         return scales
 
     def _error(self, measured: _Measured, side: str, inverse: Inverse, reference: DenseInverse) -> float:
@@ -310,7 +347,7 @@ class ErrorStudy:
         M = factor.average.M
         if M is None:
             raise InputError(f"{side}: no columns came in yet")
-        return to_numpy(namespace(M).linalg.eigvalsh(M))[::-1] / (factor.unit or 1.0) ** 2
+        return to_numpy(namespace(M).linalg.eigvalsh(M))[::-1] / factor.squared_unit
 
     # ---------------------------------------------------------------------------------------------- state
 
@@ -330,20 +367,36 @@ class ErrorStudy:
 _EMPTY = "holds no estimate, or one that is zero"
 
 
-def _separable(text: str) -> Damping:
-    """A damping that is a lam for each factor."""
+def named_damping(damping: str | Damping) -> Damping | None:
+    """The damping of a name, None for `DAMPINGS`.
+
+    Args:
+        damping: what `ErrorStudy` takes.
+
+    Returns:
+        The damping.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if isinstance(damping, str) and damping in DAMPINGS:
+        return None
     try:
-        damping = Damping.parse(instance(text, "damping", str))
+        return Damping.of(damping)
     except InputError as error:
-        raise InputError(f"{error}, nor own or common") from None
-    if not damping.separable:
-        raise InputError(f"damping {text!r} is no lam for each factor: see kfacerr inspect --damping-map")
-    return damping
+        raise InputError(f"{error}, nor {' or '.join(DAMPINGS)}") from None
+
+
+def _rows(name: str, step: Step, errors: Mapping[str, float], window: Window) -> Iterator[Row]:
+    for metric, value in errors.items():
+        if not math.isfinite(value):
+            raise InputError(f"{name}: {metric} is {value}: beyond the range of {step.A.dtype}")
+        yield Row(name, step.k, metric, value, window.epoch)
 
 
 def _scale(factor: KFactor, top: float, trace: Array) -> Scale:
     """Of the factor itself, not of that in its unit."""
-    squared = (factor.unit or 1.0) ** 2
+    squared = factor.squared_unit
     return Scale(factor.average.M.shape[0], top / squared, float(trace) / squared)
 
 

@@ -39,7 +39,7 @@ from kfacerr.study import ErrorStudy, Row, table
 from studies.bench import rounds
 from studies.jobs import alone
 
-__all__ = ["Contestant", "Sizes", "compare", "contestants", "main", "write_flat"]
+__all__ = ["Contestant", "Sizes", "compare", "contestants", "main", "weighed", "write_flat"]
 
 CONTINUATIONS = ("min", "trace")
 EQUAL = ("rank", "columns", "memory", "flops")
@@ -211,13 +211,21 @@ def compare(
     steps = replay(layer, push, convert=lambda X: X.astype(dtype), phi=phi, plain=plain, title=dtype)
     frame = table([row for new in steps for row in new])
     frame["update"] = frame.k.isin(updates)
-    means = _weighed(frame, {w.epoch: w.length for w in layer.windows})
+    means = weighed(frame, {w.epoch: w.length for w in layer.windows})[["algorithm", "epoch", *METRICS]]
     parts = pd.DataFrame([runs[name] for name in means.algorithm], columns=["algorithm", "draw", "continuation"])
     return pd.concat([parts, means.drop(columns="algorithm")], axis=1)
 
 
-def _weighed(frame: pd.DataFrame, lengths: dict[int, int]) -> pd.DataFrame:
-    """Means over the windows, of which all updates and some of the other iterations were measured."""
+def weighed(frame: pd.DataFrame, lengths: dict[int, int]) -> pd.DataFrame:
+    """Means over the windows, of which all updates and some of the other iterations were measured.
+
+    Args:
+        frame: columns algorithm, epoch, metric, value, and update: whether the iteration is one.
+        lengths: of each epoch's window.
+
+    Returns:
+        Columns algorithm, epoch, and one a metric.
+    """
     keys = ["algorithm", "epoch", "metric"]
     grouped = frame.groupby([*keys, "update"], sort=False).value.agg(["mean", "size"]).reset_index()
     at_updates = grouped[grouped["update"]].set_index(["algorithm", "epoch", "metric"])["size"]
@@ -226,7 +234,7 @@ def _weighed(frame: pd.DataFrame, lengths: dict[int, int]) -> pd.DataFrame:
     grouped["weight"] = np.where(grouped["update"], own, total - own)
     grouped["part"] = grouped["mean"] * grouped.weight
     sums = grouped.groupby(keys, sort=False)[["part", "weight"]].sum()
-    return (sums.part / sums.weight).unstack()[list(METRICS)].reset_index()
+    return (sums.part / sums.weight).unstack().reset_index()
 
 
 # -------------------------------------------------------------------------------------------------- flat spectra

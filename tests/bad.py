@@ -18,6 +18,7 @@ NO_SHARE = (0, 2, NAN, INF, -1, *NO_NUMBER)
 NO_DECAY = (1, *NO_SHARE)
 NO_SWITCH = ("x", 3, 0.5, None, [])
 NO_NAME = ("max", "", None, 3, [], {})
+NO_DAMPING = (*NO_NAME, "phi", "mean=0", "lam=-1", "pi=nan", "product=inf", "cut=x", 0.1)
 NO_LIST = ("B-KFAC", 3, [3], ["x"])
 NO_ARRAY = (None, "x", 3, [[1.0]], {})
 NO_WINDOWS = (

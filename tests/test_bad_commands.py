@@ -77,6 +77,7 @@ SETTINGS = {
     "--rank": NO_SIZE,
     "--rho": (*NO_RATIO, "1"),
     "--phi": NO_RATIO,
+    "--damping": ("x", "", "mean", "lam=0", "product=inf", "cut=nan"),
     "--continuation": ("x", ""),
     "--algorithms": NO_ALGORITHM,
     "--no-such": ("1",),
@@ -84,7 +85,7 @@ SETTINGS = {
 REPLAY = {
     **SETTINGS,
     "--plot": (*NO_FIGURE, "o.csv"),
-    **dict.fromkeys(("--damping", "--backend", "--dtype"), ("x", "")),
+    **dict.fromkeys(("--backend", "--dtype"), ("x", "")),
 }
 VERIFY = {
     **{name: SETTINGS[name] for name in ("REC", "--layer", "--rank", "--rho", "--phi", "--seed")},

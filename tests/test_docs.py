@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from figures import ekfac
 from figures.sketches import KEYS, means, report
 from figures.tables import epochs_to, read_table
 from kfacerr.metrics import METRICS
@@ -134,6 +135,17 @@ def test_the_tables_of_sketches_in_the_findings_are_those_of_the_csvs():
     rows = [line for line in section.splitlines() if line.startswith("|") and "KFAC" in line.split("|", 2)[2]]
     assert len(rows) >= 20
     assert [row for row in rows if words(row) not in known] == []
+
+
+def test_the_tables_down_to_the_fisher_are_those_of_the_csv():
+    folder = DOCS.parent / "figures" / "ekfac-digits"
+    computed = ekfac.report(ekfac.means(read_table(folder / "ekfac.csv", tuple(ekfac.KEYS))))
+    assert computed == (folder / "ekfac.md").read_text(encoding="utf-8")
+    known = {" ".join(line.split()) for line in computed.splitlines()}
+    text = (DOCS / "findings.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## Down to the Fisher\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    rows = [line for line in section.splitlines() if line.startswith("|") and "---" not in line]
+    assert len(rows) >= 13 and [row for row in rows if row not in known] == []
 
 
 def test_the_table_of_a_language_models_layers_is_computed():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..algorithms import Algorithm
 from ..array import map_arrays, scaled
+from ..damping import Damping
 from ..exceptions import InputError
 from ..factor import KFactor
 from ..inverse import Inverse, application_flops, precondition, precondition_linear
@@ -222,12 +223,30 @@ class KFACLayer(Layer):
 
     # --------------------------------------------------------------------------------------------- step
 
-    def inverses(self, k: int, phi: float, continuation: str) -> tuple[Inverse, Inverse] | None:
-        """Of G and of A in their factors' units, or None where either is missing; warns as `push` does."""
+    def inverses(
+        self, k: int, phi: float, continuation: str, damping: Damping | None = None
+    ) -> tuple[Inverse, Inverse] | None:
+        """Of G and of A in their factors' units, or None where either is missing; warns as `push` does.
+
+        Args:
+            k: the step.
+            phi: damping ratio.
+            continuation: of the spectra.
+            damping: a lam for each factor in place of phi lambda_max.
+
+        Returns:
+            Both inverses.
+        """
         if not self.factors:
             return None
-        G, A = (self._inverse(side, k, phi, continuation) for side in "GA")
-        return None if G is None or A is None else (G, A)
+        phis = {"A": phi, "G": phi}
+        if damping is not None:
+            A, G = (self.factors[side].scale(next(iter(self.factors[side].processes))) for side in "AG")
+            if A is None or G is None:
+                return None
+            phis = dict(zip("AG", damping.ratios(A, G), strict=True))
+        inverse_G, inverse_A = (self._inverse(side, k, phis[side], continuation) for side in "GA")
+        return None if inverse_G is None or inverse_A is None else (inverse_G, inverse_A)
 
     def _inverse(self, side: str, k: int, phi: float, continuation: str) -> Inverse | None:
         factor = self.factors[side]

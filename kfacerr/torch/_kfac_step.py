@@ -174,7 +174,9 @@ class KFACStep:
             yield from layer.split(S).items()
 
     def _preconditioned(self, layer: KFACLayer) -> Direction:
-        inverses = layer.inverses(self.k, self.hyper.phi_lambda, self.hyper.settings.continuation)
+        inverses = layer.inverses(
+            self.k, self.hyper.phi_lambda, self.hyper.settings.continuation, self.optimizer.damping
+        )
         if inverses is not None:
             return layer.preconditioned(inverses, self.by_columns.get(layer.name))
         why = "no estimate yet" if not layer.factors else "no estimate yet, or one that is zero"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import choice, instance, is_number, switch, whole
+from ..damping import Damping
 from ..exceptions import InputError
 from ..inverse import CONTINUATIONS
 from ._kfac_layer import KFACLayer
@@ -58,9 +59,8 @@ class KFAC(LayerOptimizer):
     and not from .grad (Algorithm 8). Its `nn.Linear` becomes a `FactoredLinear` for it, in place, the same layer
     but for the backward: .grad is there as the factors of G A^T, and is formed when something reads it.
     What needs the very class nn.Linear (dynamic quantisation, a pickle for where kfacerr is not) takes a new model
-    with the state_dict.
-    A step where .grad is no multiple of that, because it was changed otherwise than by clipping its norm, or has
-    parts from elsewhere (a penalty in the loss), is taken by Algorithm 1, and the log says so once.
+    with the state_dict. A step where .grad is no multiple of that, because it was changed otherwise than by its
+    norm's clip, or has parts from elsewhere (a penalty), is taken by Algorithm 1, and the log says so once.
 
     Scaling: batch means as in §2, convolutions as in Grosse & Martens (2016). The loss must be a mean over the
     batch. Damping (§6): lam = phi_lambda * lambda_max of the factor's own representation.
@@ -84,20 +84,19 @@ class KFAC(LayerOptimizer):
         momentum: as in SGD, of the clipped and decayed step.
         linear_application: False for Algorithm 1 in all steps.
         fisher: "empirical" or "sampled"; see `sample_fisher`.
+        damping: a lam for each factor in place of phi_lambda lambda_max: "mean=0.1", ..., see `kfacerr.damping`.
         loss_scale: see `LayerOptimizer`. If it is left at 1, the first update refuses a .grad that is smaller than
             the columns' by one power of two in all layers, from 2^8 on: a scale that nobody declared.
         skip_nonfinite: look at every step for NaN and Inf, which makes the host wait for the device. Without it,
             only steps that update factors are looked at; GradScaler looks at them all anyway.
-        data_parallel: whether the processes of torch.distributed, if it is initialised, train one model; False if
-            each trains its own.
+        data_parallel: False if the processes of torch.distributed, where it is initialised, train a model each.
         **hyper: of §6 by name: T_updt, T_inv, T_brand, T_rsvd, T_corct (periods in steps; T_brand is T_updt, and
             5 T_updt for B-KFAC and B-KFAC-C, if it is not given), phi_corct, rank, oversampling, n_pwr_it,
             phi_lambda and rho. Each of these, and momentum, weight_decay and clip, may be a function of the epoch.
             Also warm_up (no period is longer than a quarter of the steps taken so far; if it is not given, it is
             done where no period is given), continuation ("trace", "min" of §3.5, or "none"), accumulate (Brand
             updates take the batches that T_brand skips, too) and seed (of the sketches, the corrections' choices
-            and the sampled labels).
-            See `kfacerr.torch.policy.DEFAULTS`; for the paper's settings, `**kfacerr.torch.PAPER`.
+            and the sampled labels). See `kfacerr.torch.policy.DEFAULTS`; the paper's are `**kfacerr.torch.PAPER`.
 
     Attributes:
         epoch: the epoch that schedules see; may be set.
@@ -132,6 +131,7 @@ class KFAC(LayerOptimizer):
         momentum: Scheduled = 0.9,
         linear_application: bool = True,
         fisher: str = "empirical",
+        damping: str | Damping | None = None,
         loss_scale: float | Callable[[], float] = 1.0,
         skip_nonfinite: bool = True,
         data_parallel: bool = True,
@@ -150,6 +150,7 @@ class KFAC(LayerOptimizer):
         self.clip_by = clip_by
         self.linear_application = switch(linear_application, "linear_application")
         self.fisher = fisher
+        self.damping = None if damping is None else Damping.of(damping).of_each_factor()
         self._group_schedules: list[dict[str, Callable[[int], float]]] = []
         self._unfit: dict[str, Tensor] = {}  # the last step whose S was not finite, by layer, on its device
         _check_names(model, self.policy)

@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..advice import Advice, Budget, advise_recording
 from ..algorithms import SEVEN, Algorithm
 from ..checks import instance, names, path_of, whole
+from ..damping import Damping
 from ..exceptions import InputError
 from ..process import Settings
 from ..recorder import RecordingWriter
@@ -52,6 +53,7 @@ def watch(
     rank: int | None = None,
     rho: float = 0.95,
     phi: float = 0.1,
+    damping: str | Damping = "own",
     continuation: str = "min",
     every: int = 10,
     windows: Windows | None = None,
@@ -77,6 +79,7 @@ def watch(
         rank: r; an eighth of a layer's smaller dimension, at least 4 and at most 220, if None.
         rho: EA decay.
         phi: damping ratio.
+        damping: as `ErrorStudy` takes it: "own" phi lambda_max, "common", or one such as "mean=0.1".
         continuation: of the spectrum.
         every: T_updt, optimizer steps between updates of the factors.
         windows: (first iteration, length) of each, or `Window`s, iterations counted from 0 in the block; one
@@ -100,8 +103,9 @@ def watch(
     listed = names(algorithms, "algorithms", str, Algorithm)
     named = tuple(dict.fromkeys(map(str, map(Algorithm.parse, listed))))
     measured = _Windows(every, windows, rho)
-    ErrorStudy(named, settings, measured.windows, phi=phi)  # refuses now what it would refuse in the training
-    return Watch(chosen, named, settings, rank, phi, measured, record, loss_scale)
+    # It refuses now what it would refuse in the training.
+    ErrorStudy(named, settings, measured.windows, phi=phi, damping=damping)
+    return Watch(chosen, named, settings, rank, (phi, damping), measured, record, loss_scale)
 
 
 class _Windows:
@@ -146,7 +150,7 @@ class Watch:
         algorithms: names.
         settings: of the processes, but for the rank.
         rank: r; the default of `watch` if None.
-        phi: damping ratio.
+        damping: phi, and the damping as `ErrorStudy` takes it.
         windows: where errors are measured.
         record: where to write a recording; nowhere if None.
         loss_scale: what the loss is multiplied with before `backward()`.
@@ -162,7 +166,7 @@ class Watch:
         algorithms: Sequence[str],
         settings: Settings,
         rank: int | None,
-        phi: float,
+        damping: tuple[float, str | Damping],
         windows: _Windows,
         record: str | Path | None,
         loss_scale: float | Callable[[], float],
@@ -170,7 +174,7 @@ class Watch:
         self.k = 0
         self.layers = list(modules)
         self._modules, self._algorithms, self._settings, self._rank = modules, algorithms, settings, rank
-        self._phi, self._windows, self._loss_scale = phi, windows, loss_scale
+        (self._phi, self._damping), self._windows, self._loss_scale = damping, windows, loss_scale
         self._record = None if record is None else path_of(record)
         self._measurements: dict[str, Measurement] = {}
         self._stopped: dict[str, str] = {}  # layers that could not be measured on, and why
@@ -273,7 +277,13 @@ class Watch:
         settings = Settings(**{**vars(self._settings), "rank": rank})
         windows = self._windows.windows
         self._measurements[name] = Measurement(
-            name, settings, windows, algorithms=self._algorithms, phi=self._phi, every=self._windows.every
+            name,
+            settings,
+            windows,
+            algorithms=self._algorithms,
+            phi=self._phi,
+            damping=self._damping,
+            every=self._windows.every,
         )
         if self._writer is not None:
             bias = getattr(self._modules[name], "bias", None) is not None
@@ -322,7 +332,7 @@ class Watch:
             rank = default_rank(found.d_A, found.d_G) if self._rank is None else self._rank
             settings = {**vars(self._settings), "rank": rank}
             limit = None if budget is None else Budget.parse(budget)
-            return advise_recording(found, budget=limit, phi=self._phi, **settings)
+            return advise_recording(found, budget=limit, phi=self._phi, damping=self._damping, **settings)
 
 
 def _chosen(model: nn.Module, layers: str | Sequence[str] | None) -> dict[str, nn.Module]:

@@ -164,3 +164,18 @@ def factor_of(X):
 
 def test_brand_rsvd_has_both_clocks():
     assert set(BrandRsvd(rank=2).clocks) == {"T_brand", "T_rsvd"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fresh"),
+    [
+        ("K-FAC T_inv=50", "K-FAC T_inv=10"),
+        ("R-KFAC rank=7", "R-KFAC T_inv=10 rank=7"),
+        ("R-KFAC T_inv=10 continuation=trace", "R-KFAC T_inv=10 continuation=trace"),
+        ("B-KFAC T_brand=20", "B-KFAC T_brand=10"),
+        ("B-R-KFAC T_rsvd=50", "B-R-KFAC T_rsvd=50"),
+        ("N-KFAC s=8", "N-KFAC s=8"),
+    ],
+)
+def test_fresh_is_the_same_with_an_estimate_at_every_update(name, fresh):
+    assert str(Algorithm.parse(name).fresh(Settings(), 10)) == fresh

@@ -139,7 +139,12 @@ ROWS: dict[str, bad.Row] = {
     "inspect": (
         inspect,
         {"source": M},
-        {"source": (None, 3, "", "no such file", {}, M[:, :3]), "rank": (0, 0.5, "x"), "phi": NOT_POSITIVE},
+        {
+            "source": (None, 3, "", "no such file", {}, M[:, :3]),
+            "rank": (0, 0.5, "x"),
+            "phi": NOT_POSITIVE,
+            "damping": given(*bad.NO_DAMPING, "pi=1", "cut=1"),
+        },
     ),
     "LowRank": (
         LowRank,
@@ -239,7 +244,7 @@ ROWS: dict[str, bad.Row] = {
             "settings": NO_NUMBER,
             "windows": (None, *NO_WINDOWS),
             "phi": NOT_POSITIVE,
-            "damping": NO_NAME,
+            "damping": bad.NO_DAMPING,
             "certify": NO_SWITCH,
         },
     ),

@@ -16,6 +16,8 @@ from kfacerr.exceptions import InputError
 from kfacerr.metrics import METRICS
 from kfacerr.process import Settings
 from kfacerr.recorder import RecordingWriter
+from kfacerr.recording import Recording
+from kfacerr.report import report_recording
 from kfacerr.stream import Step, Window
 from kfacerr.study import ErrorStudy, table
 from tests.strategies import SPECTRA, generators, orthogonal, psd, spectrum, stream
@@ -114,6 +116,18 @@ def test_the_full_rank_costs_nothing():
     assert exact[exact.metric != "condition"].value.max() == 0
 
 
+@pytest.mark.parametrize("continuation", ["none", "min", "trace"])
+def test_a_map_continues_spectra_as_an_audit_does(continuation):
+    audit = kfacerr.inspect({"fc": {"A": A, "G": G}}, rank=4, phi=0.1)
+    row = audit.damping_map(continuation=continuation).query("damping == 'phi' and share == 0.1 and rank == 4")
+    table = audit.table.set_index("side")
+    for side in "AG":
+        error = row[row.metric == f"inverse_{side}"].value.iloc[0]
+        assert error == pytest.approx(table[f"error_{continuation}"][side], rel=1e-9)
+    with pytest.raises(InputError, match="continuation 'escaped' is not one of"):
+        audit.damping_map(continuation="escaped")
+
+
 def test_a_map_needs_both_factors():
     with pytest.raises(InputError, match="no damping map: it needs both factors in full, which these have: none"):
         kfacerr.inspect({"fc": {"A": A}}).damping_map()
@@ -125,6 +139,8 @@ def test_the_command_draws_a_map(tmp_path, capsys):
     np.savez(tmp_path / "f.npz", **{"one.A": A, "two.A": A, "two.G": G})
     arguments = ["inspect", str(tmp_path / "f.npz"), "--damping-map", str(tmp_path / "m.svg")]
     assert main(arguments) == 0 and (tmp_path / "m.svg").stat().st_size > 10_000
+    first = (tmp_path / "m.svg").read_bytes()
+    assert main([*arguments, "--continuation", "trace"]) == 0 and (tmp_path / "m.svg").read_bytes() != first
     assert main([*arguments, "--layer", "one"]) == 2
     assert "of layer 'one'" in capsys.readouterr().err
 
@@ -196,26 +212,52 @@ def test_the_unit_of_the_columns_is_seen_by_an_absolute_damping_alone(damping, s
         assert other[part].value.max() < 1e-9 < one[part].value.min()
 
 
-@pytest.mark.parametrize("damping", ["product=0.1", "cut=0.1", "mean=0", "mine"])
+@pytest.mark.parametrize("damping", ["mean=0", "mine", "product", 3, None, ["phi=0.1"]])
 def test_a_study_refuses_other_dampings(damping):
     with pytest.raises(InputError, match="damping"):
         ErrorStudy(NAMES, SETTINGS, WINDOWS, damping=damping)
 
 
-def test_replay_takes_a_damping(tmp_path, capsys):
-    with RecordingWriter(tmp_path / "r.h5") as writer:
+# --------------------------------------------------------------------------------- wherever one is chosen
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recorded") / "r.h5"
+    with RecordingWriter(path) as writer:
         shape = {"d_A": 15, "d_G": 8, "n": 3, "windows": WINDOWS}
         writer.add_layer("fc", **shape, bias=False, batch_size=3, update_every=5)
         for step in steps():
             writer.append("fc", step)
-    arguments = ["replay", str(tmp_path / "r.h5"), "--layer", "fc", "--rank", "4", "--algorithms", "B-KFAC"]
-    for damping, out in (("mean=0.5", "a.csv"), ("own", "b.csv")):
-        assert main([*arguments, "--damping", damping, "--out", str(tmp_path / out)]) == 0
-    one, other = (pd.read_csv(tmp_path / name) for name in ("a.csv", "b.csv"))
-    assert list(one.columns[:4]) == ["algorithm", "k", "metric", "value"] and not np.allclose(
-        one.value, other.value
-    )
-    capsys.readouterr()
-    with pytest.raises(SystemExit):
-        main([*arguments, "--damping", "product=1", "--out", str(tmp_path / "c.csv")])
-    assert "invalid choice: 'product=1'" in capsys.readouterr().err
+    return path
+
+
+@pytest.mark.parametrize("damping", ["mean=3", "product=0.01", "cut=0.05", "common"])
+def test_every_command_takes_a_damping(damping, recorded, tmp_path, capsys):
+    """And all of them measure the same under it, which is not what they measure without."""
+    asked = ["--rank", "4", "--algorithms", "B-KFAC", "--damping", damping]
+    written = {}
+    for command in ("replay", "report", "advise"):
+        name = "page.html" if command == "report" else f"{command}.csv"
+        layer = ["--layer", "fc"]
+        out = ["--out", str(tmp_path / name)]
+        extra = ["--plot", str(tmp_path / f"{command}.svg")] if command != "report" else []
+        assert main([command, str(recorded), *layer, *asked, *out, *extra]) == 0, capsys.readouterr().err
+        written[command] = capsys.readouterr().out
+    replayed, advised = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("replay", "advise"))
+    mean = replayed.groupby("metric").value.mean()
+    for metric in METRICS:
+        value = advised[metric].iloc[0]
+        assert value == pytest.approx(mean[metric], rel=0.3) if metric in mean else np.isnan(value)
+    assert (damping if damping != "common" else "phi = 0.1 in common") in written["report"]
+    with Recording(recorded) as recording:
+        reports = [report_recording(recording, algorithms=["B-KFAC"], rank=4, damping=d) for d in (damping, "own")]
+    above = [[factor.above for factor in report.layers[0].factors.values()] for report in reports]
+    assert (above[0] == above[1]) == (damping == "common")
+
+
+def test_every_command_refuses_what_is_no_damping(recorded, tmp_path, capsys):
+    for command in ("replay", "report", "advise"):
+        with pytest.raises(SystemExit):
+            main([command, str(recorded), "--layer", "fc", "--damping", "mine", "--out", str(tmp_path / "o")])
+        assert "invalid choice: 'mine' (own, common, one of phi=VALUE" in capsys.readouterr().err

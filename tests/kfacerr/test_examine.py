@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kfacerr import examine as module
+from kfacerr.damping import Damping
 from kfacerr.examine import examine, model_gradient, step_errors
 from kfacerr.exceptions import InputError
 from kfacerr.inverse import CONTINUATIONS
@@ -123,6 +124,18 @@ def test_the_scale_of_a_factor_is_no_matter(scale):
     one, other = (examine(stored(s * M), rank=3, phi=0.1).audit for s in (1.0, scale))
     assert other.trace == pytest.approx(scale * one.trace) and other.lam == pytest.approx(scale * one.lam)
     assert other.errors == pytest.approx(one.errors) and other.bounds == pytest.approx(one.bounds)
+
+
+@pytest.mark.parametrize(("text", "count"), [("mean=0.3", None), ("lam=0.02", None), ("lam=0.02", 8.0)])
+def test_another_damping_is_the_paper_s_at_another_ratio(text, count):
+    M = psd(np.random.default_rng(5), "slow decay", 12)
+    given = stored(M * (count or 1), count=count)
+    audit = examine(given, rank=4, damping=Damping.parse(text)).audit
+    lam = 0.3 * np.trace(M) / 12 if text.startswith("mean") else 0.02
+    assert audit.lam == pytest.approx(lam, rel=1e-12) and audit.phi == pytest.approx(lam / audit.lambda_max)
+    same = examine(given, rank=4, phi=audit.phi).audit
+    assert audit.errors == pytest.approx(same.errors) and audit.bounds == pytest.approx(same.bounds)
+    assert audit.condition == pytest.approx(same.condition) and audit.above == same.above
 
 
 def findings(M, **more) -> str:

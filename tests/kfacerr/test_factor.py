@@ -192,3 +192,20 @@ def test_a_resumed_factor_goes_on_bitwise(fast_xp, stop):
     assert resumed.unit == whole.unit
     for name in NAMES:
         assert np.array_equal(dense(whole, name, fast_xp), dense(resumed, name, fast_xp))
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-12])
+def test_a_scale_is_of_the_estimate_whatever_the_unit(unit):
+    factor = make(["B-KFAC", "K-FAC T_inv=3"])
+    assert factor.scale("B-KFAC") is None
+    factor.push(0, np.zeros((6, 2)))
+    assert factor.scale("K-FAC T_inv=3") is None  # nothing to damp by
+    for k, X in enumerate(stream(np.random.default_rng(0), d=6, n=2, steps=3), 3):
+        factor.push(k, unit * X)
+    for name, process in factor.processes.items():
+        scale, low = factor.scale(name), process.estimate.lowrank
+        assert scale.d == 6 and scale.top == pytest.approx(float(low.lambda_max) / factor.squared_unit)
+        assert scale.trace == pytest.approx(float(process.estimate.trace) / factor.squared_unit)
+        assert 1e-3 < scale.top / unit**2 < 1e3 and factor.scale(name) is scale
+    factor.push(6, unit * X)
+    assert factor.scale("B-KFAC") is not scale

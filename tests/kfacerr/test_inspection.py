@@ -101,6 +101,11 @@ def test_one_array_is_inspected():
         ({"source": {"w": np.ones((2, 3))}}, r"no K-factors, .* there are w float64 \(2, 3\)"),
         ({"source": {}}, "there are no arrays"),
         ({"source": LAYERS, "phi": 0}, "phi must be positive"),
+        ({"source": LAYERS, "damping": "pi=0.1"}, "of both factors at once; mean=VALUE is the same"),
+        ({"source": LAYERS, "damping": "product=0.1"}, "is no lam for each factor"),
+        ({"source": LAYERS, "damping": "cut=0.1"}, "is no lam for each factor"),
+        ({"source": LAYERS, "damping": "own"}, "is none of phi=VALUE"),
+        ({"source": LAYERS, "damping": 0.1}, "damping must be of type str"),
         ({"source": LAYERS, "rank": 0}, "rank must be a whole number of at least 1"),
         ({"source": LAYERS, "gradients": {"fc": np.eye(2)}}, "no layer 'fc' that a gradient is given of"),
         ({"source": LAYERS, "gradients": {FIRST: np.eye(2)}}, r"a gradient \(12, 16\) is needed"),
@@ -127,9 +132,16 @@ def test_the_command_writes_what_is_asked_for(path, tmp_path, capsys):
     assert (tmp_path / "a.csv").read_bytes() == first
 
 
+def test_the_command_takes_a_damping(path, tmp_path, capsys):
+    options = ["--rank", "4", "--damping", "mean=0.5", "--plot", str(tmp_path / "a.svg")]
+    assert main(["inspect", str(path), *options, "--html", str(tmp_path / "a.html")]) == 0
+    assert capsys.readouterr().out.startswith("4 K-factors of 2 layers in factors.npz, mean = 0.5")
+
+
 @pytest.mark.parametrize(
     ("options", "fault"),
     [
+        (["--damping", "mean=0"], "damping mean must be positive"),
         (["--phi", "0"], "phi must be positive"),
         (["--rank", "0"], "--rank must be at least 1"),
         (["--plot", "x.jpeg"], "must end in .pdf"),

@@ -132,6 +132,7 @@ CHOICES = {
     "algorithm": (*NO_NAME, "B-KFAC rank=2", "SENG", "FD"),
     "continuation": (*NO_NAME, "escaped"),
     "clip_by": NO_NAME,
+    "damping": given(*bad.NO_DAMPING, "own", "product=1", "cut=1"),
     "fisher": NO_NAME,
     "linear_application": (None, 3, "x", ["x"], ["1"], [3]),
     "policy": (
@@ -181,6 +182,7 @@ NO_WATCH = {
     "rank": given(*NO_SIZE),
     "rho": bad.NO_DECAY,
     "phi": NOT_POSITIVE,
+    "damping": bad.NO_DAMPING,
     "continuation": NO_NAME,
     "every": NO_SIZE,
     "windows": ([], *NO_WINDOWS),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfacerr import processes
+from kfacerr.damping import Damping, Scale
 from kfacerr.inverse import DenseInverse
 from kfacerr.process import Estimate, Process
 from kfacerr.rsvd import evd
@@ -562,6 +563,37 @@ def test_the_damping_follows_its_schedule_also_between_decompositions():
     expected = torch.linalg.inv(low.dense() + lam * torch.eye(low.d))
     torch.testing.assert_close(optimizer.layers["0"].inverses(3, 0.1 / 3, "min")[0].dense(), expected)
     assert process_of(factor).clocks["T_inv"].last == 0
+
+
+@pytest.mark.parametrize("damping", ["phi=0.2", "mean=0.5", "lam=1e-3", "pi=1e-4"])
+@pytest.mark.parametrize("scale", [1.0, 2.0**-80])
+@pytest.mark.parametrize("linear", [True, False])
+def test_another_damping_is_that_of_the_dense_factors(damping, scale, linear):
+    """Gradients of 1e-26 are held in a unit of their own, which an absolute damping must not see."""
+    torch.manual_seed(0)
+    net = nn.Linear(7, 5).double()
+    for p in net.parameters():
+        nn.init.zeros_(p)  # a step of 1e-23 is nothing beside 1
+    x, y = torch.randn(3, 7, dtype=torch.float64), torch.randint(5, (3,))
+    absolute = {"lam=1e-3": 1e-3, "pi=1e-4": 1e-4 * scale**2}
+    kind = Damping.parse(damping)
+    kind = Damping(kind.kind, absolute.get(damping, kind.value))
+    options = {**STEP_ONLY, "linear_application": linear}
+    optimizer = KFAC(net, "K-FAC", damping=kind, **options)
+    before = parameters(net)
+    (scale * F.cross_entropy(net(x), y)).backward()
+    J = torch.cat([net.weight.grad, net.bias.grad[:, None]], dim=1).numpy().copy()
+    optimizer.step()
+    (layer,) = optimizer.layers.values()
+    M = {side: f.average.M.numpy() / f.squared_unit for side, f in layer.factors.items()}
+    levels = kind.levels(*(Scale.of(np.linalg.eigvalsh(M[side])[::-1]) for side in "AG"))
+    inverses = [
+        np.linalg.inv(M[side] + level * np.eye(len(M[side]))) for side, level in zip("AG", levels, strict=True)
+    ]
+    S = inverses[1] @ J @ inverses[0]
+    got = (before - parameters(net)).numpy()
+    expected = np.concatenate([S[:, :-1].ravel(), S[:, -1]])
+    np.testing.assert_allclose(got, expected, rtol=1e-7, atol=1e-9 * np.abs(expected).max())
 
 
 def test_a_setting_in_a_process_name_stands_against_the_schedules():

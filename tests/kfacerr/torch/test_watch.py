@@ -47,9 +47,9 @@ def train(model, data=None, optimizer=None, parts=1):
         optimizer.step()
 
 
-def hooked(model, layer="2"):
+def hooked(model, layer="2", **options):
     """The rows by the hand-written loop, which `watch` stands in for."""
-    study = ErrorStudy(NAMES, Settings(rank=3), [Window(4, 4)])
+    study = ErrorStudy(NAMES, Settings(rank=3), [Window(4, 4)], **options)
     optimizer, rows = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), []
     with ColumnHooks(model, [layer]) as hooks:
         for k, (x, y) in enumerate(batches()):
@@ -88,6 +88,22 @@ def test_large_layers_stay_in_torch_and_give_the_same(monkeypatch):
     with watch(model, "2", **QUICK) as w:
         train(model)
     assert_close(values(w.report()), hooked(make()))
+
+
+@pytest.mark.parametrize("damping", ["common", "mean=0.5", "cut=0.1", "product=1e-4"])
+def test_it_takes_every_damping(damping, tmp_path):
+    model = make()
+    with watch(model, "2", damping=damping, record=tmp_path / "r.h5", **QUICK) as w:
+        train(model)
+    report = w.report()
+    found = values(report)
+    assert_close(found, hooked(make(), damping=damping))
+    assert {metric for _, _, metric in found} == set(METRICS[2:] if "product" in damping else METRICS)
+    assert (
+        "phi = 0.1 in common" if damping == "common" else f"damping {damping.replace('1e-4', '0.0001')}"
+    ) in str(report)
+    assert report.plot().axes and "<table" in report._repr_html_()
+    assert w.advise().table.step_norm.notna().all()
 
 
 @pytest.mark.parametrize("parts", [2, 4])
