@@ -288,7 +288,8 @@ def test_advice_is_for_what_was_watched(tmp_path):
         train(model)
     mean = w.report().table.groupby(["algorithm", "metric"]).value.mean()
     found = advise(w, path, NAMES).set_index("algorithm")
-    for name in NAMES:
+    assert len(found)  # without those whose T_inv is longer than every window
+    for name in found.index:
         assert found.step_norm[name] == pytest.approx(mean[name, "step_norm"], rel=1e-5)
 
 
