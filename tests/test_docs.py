@@ -97,7 +97,7 @@ def test_the_table_of_the_papers_layer_is_that_of_the_csvs():
         r"^## The paper's layer at its true size.*?\n(.*?)^## ", text, re.MULTILINE | re.DOTALL
     )
     rows = re.findall(r"^\| ([\w-]*KFAC.*?|K-FAC.*?) \| (.*) \|$", section, re.MULTILINE)
-    assert len(rows) == 10
+    assert len(rows) == 14
     for name, cells in rows:
         assert cells.split(" | ") == [f"{mean[name, metric]:.3g}" for metric in METRICS], name
 
