@@ -10,7 +10,7 @@ and in its angle.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,15 +233,18 @@ class Advice:
         frame: a row a candidate: algorithm, cost (ms per iteration), the four metrics, flops, MiB.
         sgd: what plain SGD spends on the layer, ms per iteration.
         budget: what the inverse may cost.
-        every: T_updt.
+        settings: of `KFAC`, under which the errors were measured.
 
     Attributes:
         table: the rows by cost, with `on_frontier`.
         choice: the algorithm's name.
+        settings: as given: `KFAC(model, **advice.settings, policy=advice.policy)`.
     """
 
-    def __init__(self, layer: str, frame: "pd.DataFrame", sgd: float, budget: Budget, every: int) -> None:
-        self.layer, self.sgd, self.budget, self.every = layer, sgd, budget, every
+    def __init__(
+        self, layer: str, frame: "pd.DataFrame", sgd: float, budget: Budget, settings: Mapping[str, Any]
+    ) -> None:
+        self.layer, self.sgd, self.budget, self.settings = layer, sgd, budget, dict(settings)
         marked = frame.assign(on_frontier=_on_frontier(frame[["cost", "step_norm", "step_angle"]].to_numpy()))
         first = ["algorithm", "cost", *METRICS, "on_frontier"]
         rest = [name for name in marked if name not in first]
@@ -277,7 +280,8 @@ class Advice:
             f"plain SGD spends {self.sgd:.3g} ms per iteration on this layer; the budget is {limit:.3g} ms",
             f"choice: {self.choice} ({row.cost:.3g} ms, {verdict} the budget; error of the step "
             f"{row.step_norm:.2g})",
-            f"KFAC(model, T_updt={self.every}, policy={self.policy!r})",
+            f"KFAC(model, {', '.join(f'{name}={value!r}' for name, value in self.settings.items())}, "
+            f"policy={self.policy!r})",
         )
 
     def __str__(self) -> str:
@@ -387,7 +391,8 @@ def advise_recording(
     chosen = [a for a in candidates(sizes, configured.rank) if a.get("T_inv", 0) <= max(longest, sizes.every)]
     if algorithms is not None:
         chosen = [Algorithm.parse(name) for name in names(algorithms, "algorithms", str, Algorithm)]
-    study = ErrorStudy(chosen, configured, layer.windows, phi=0.1 if phi is None else phi, damping=damping)
+    used = phi if phi is not None else 0.1 if layer.phi is None else float(layer.phi[-1])
+    study = ErrorStudy(chosen, configured, layer.windows, phi=used, damping=damping)
     steps = replay(
         layer,
         study.push,
@@ -400,7 +405,15 @@ def advise_recording(
     errors = table(rows).groupby(["algorithm", "metric"], sort=False).value.mean().unstack()
     costs = layer_costs(sizes, tqdm(chosen, desc="costs", disable=None), configured)
     frame = costs.join(errors.reindex(columns=list(METRICS)), on="algorithm")
-    return Advice(layer.name, frame, costs.attrs["sgd"], budget or DEFAULT_BUDGET, layer.update_every)
+    measured: dict[str, Any] = {
+        "T_updt": layer.update_every,
+        "rank": rank,
+        "phi_lambda": used,
+        "rho": configured.rho,
+    }
+    measured |= {"continuation": configured.continuation}
+    measured |= {} if damping in ("own", "common") else {"damping": str(damping)}
+    return Advice(layer.name, frame, costs.attrs["sgd"], budget or DEFAULT_BUDGET, measured)
 
 
 def _sampled(windows: Iterable[Window]) -> set[int]:

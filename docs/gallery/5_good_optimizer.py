@@ -66,13 +66,13 @@ print("\n\n".join(map(str, advice.values())))
 # %%
 # Train
 # -----
-# A policy names the inverse of each layer; layers without one get the optimizer's.
+# A policy names the inverse of each layer, and the settings are those that it was measured with.
 
 policy = {layer: found.choice for layer, found in advice.items()}
 first, second = new_model(), new_model()
 optimizers = {
     "SGD": (first, torch.optim.SGD(first.parameters(), lr=0.1, momentum=0.9)),
-    "KFAC": (second, kfacerr.torch.KFAC(second, lr=0.1, T_updt=T_updt, policy=policy)),
+    "KFAC": (second, kfacerr.torch.KFAC(second, **advice["0"].settings, policy=policy)),
 }
 curves = {name: list(train(model, optimizer, 250)) for name, (model, optimizer) in optimizers.items()}
 

@@ -87,10 +87,10 @@ def test_the_errors_are_those_of_a_replay(advice, recorded):
 def test_the_choice_is_the_least_error_within_the_budget(advice):
     frame, sgd = advice.table.drop(columns="on_frontier"), advice.sgd
     assert advice.table.step_norm.min() == advice.table[advice.table.algorithm == advice.choice].step_norm.iloc[0]
-    cheapest = Advice("fc", frame, sgd, Budget(1e-9), 5)
+    cheapest = Advice("fc", frame, sgd, Budget(1e-9), advice.settings)
     assert not cheapest.within and cheapest.choice == frame.algorithm.iloc[0]
     middle = float(frame.cost.median())
-    chosen = Advice("fc", frame, sgd, Budget(middle, relative=False), 5)
+    chosen = Advice("fc", frame, sgd, Budget(middle, relative=False), advice.settings)
     row = frame[frame.algorithm == chosen.choice].iloc[0]
     assert row.cost <= middle and row.step_norm == frame[frame.cost <= middle].step_norm.min()
 
@@ -98,8 +98,9 @@ def test_the_choice_is_the_least_error_within_the_budget(advice):
 def test_the_last_lines_name_the_choice_and_the_policy(advice):
     *_, choice, policy = advice.summary().splitlines()
     assert choice.startswith(f"choice: {advice.choice} (") and "within the budget" in choice
-    assert policy == f"KFAC(model, T_updt=5, policy={{'fc': {advice.choice!r}}})"
-    assert eval(policy.removeprefix("KFAC(model, T_updt=5, policy=").removesuffix(")")) == advice.policy
+    given = eval(policy, {"KFAC": lambda model, **given: given, "model": None})
+    assert given == {**advice.settings, "policy": {"fc": advice.choice}} and given["policy"] == advice.policy
+    assert advice.settings == {"T_updt": 5, "rank": 4, "phi_lambda": 0.1, "rho": 0.95, "continuation": "min"}
 
 
 def test_it_shows_itself_in_a_notebook_and_as_a_page_of_its_own(advice, tmp_path):

@@ -563,7 +563,9 @@ def test_advise_writes_the_table_and_ends_with_the_policy(tmp_path, recording, c
     frame = pd.read_csv(out)
     assert list(frame.columns[:7]) == ["algorithm", "cost", *METRICS, "on_frontier"]
     assert plot.stat().st_size > 1000
-    assert re.match(r"KFAC\(model, T_updt=\d+, policy=\{'fc': '.+'\}\)", capsys.readouterr().out.splitlines()[-1])
+    assert re.match(
+        r"KFAC\(model, T_updt=\d+, rank=.+, policy=\{'fc': '.+'\}\)", capsys.readouterr().out.splitlines()[-1]
+    )
 
 
 @pytest.mark.parametrize(
