@@ -59,8 +59,8 @@ class Contestant:
     kfac: str = ""
 
 
-def grid(contestant: Contestant, rates: int = 6) -> tuple[float, ...]:
-    """The rates of the ladder around the contestant's own, one more above it than below."""
+def grid(contestant: Contestant, rates: int = 5) -> tuple[float, ...]:
+    """The rates of the ladder around the contestant's own; of an even number one more above it than below."""
     own = int(np.argmin(np.abs(np.log(LADDER) - np.log(contestant.rate))))
     first = own - (rates - 1) // 2
     return LADDER[first : first + rates]

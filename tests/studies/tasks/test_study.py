@@ -81,18 +81,18 @@ def test_the_finals_are_of_fresh_seeds_at_the_rate_of_the_least_training_loss(wh
         assert set(final.seed) == set(PRESET.seeds) and set(tune.seed) == {PRESET.tuning_seed}
 
 
-def test_errors_are_measured_along_every_run_of_the_family_and_change_none(whole: Path) -> None:
+def test_errors_are_of_every_run_of_the_family(whole: Path) -> None:
     table, errors = tried(whole), pd.read_csv(whole / "errors.csv")
-    keys = ["optimizer", "lr", "seed", "epoch"]
-    first = table[(table.stage != "errors") & table.optimizer.isin(FAMILY)].drop(columns="stage")
-    again = table[table.stage == "errors"].drop(columns="stage")
-    pd.testing.assert_frame_equal(
-        first.sort_values(keys).reset_index(drop=True), again.sort_values(keys).reset_index(drop=True)
-    )
+    runs = table[table.optimizer.isin(FAMILY) & (table.epoch == TASK.epochs)]
+    assert len(errors) == len(METRICS) * len(runs)
     assert set(errors.metric) == set(METRICS) and (errors["mean"] >= 0).all()
-    assert len(errors) == len(METRICS) * len(again) // TASK.epochs
+    keys = ["optimizer", "lr", "seed", "train_loss"]
+    pd.testing.assert_frame_equal(
+        errors[keys].drop_duplicates().sort_values(keys).reset_index(drop=True),
+        runs[keys].sort_values(keys).reset_index(drop=True),
+    )
     exact = errors[(errors.optimizer == "K-FAC") & (errors.metric == "inverse_A")]
-    assert (exact["mean"] < 1e-6).all(), "T_inv is T_updt in so short a run: the inverse of K-FAC is the exact one"
+    assert (exact["mean"] < 1e-5).all(), "so early in the warm-up K-FAC's inverse is fresh in every step"
 
 
 @pytest.mark.parametrize(
