@@ -13,8 +13,8 @@ runs), timing.csv, config.json, environment.json; and from these, see `figures.t
 correlations, the curves and the scatter. A study that is stopped, between two trials, goes on with --resume. Times
 are of whole runs, alone and in turns, after the trials: --timing-only does this last part alone.
 
-`--preset search` is on other tasks, by which default settings may be chosen: of candidates that --optimizers
-names, such as "R-KFAC phi_lambda=0.01 momentum=0.9". It measures no errors.
+`--preset search` is on other tasks, by which default settings may be chosen: of `CANDIDATES`, or of those that
+--optimizers names, such as "R-KFAC phi_lambda=0.01 momentum=0.9". It measures no errors.
 """
 
 import argparse
@@ -49,7 +49,7 @@ from studies.jobs import (
     verdict,
     with_seeds,
 )
-from studies.tasks.contestants import CONTESTANTS, LADDER, find_contestant, grid, missing
+from studies.tasks.contestants import CANDIDATES, CONTESTANTS, LADDER, find_contestant, grid, missing
 from studies.tasks.errors import measured
 from studies.tasks.problems import SEARCH, TASKS, Source, Task
 from studies.tasks.trials import Epoch, Run, Trial, train
@@ -72,6 +72,7 @@ class TasksPreset:
         rates: learning rates of each grid.
         timing_rounds: times that each run is timed.
         errors: whether the inverses' errors are measured.
+        optimizers: who trains if nobody is named.
     """
 
     name: str
@@ -81,11 +82,12 @@ class TasksPreset:
     rates: int = 5
     timing_rounds: int = 2
     errors: bool = True
+    optimizers: tuple[str, ...] = tuple(CONTESTANTS)
 
 
 PRESETS = {
     "tasks": TasksPreset("tasks", TASKS),
-    "search": TasksPreset("search", SEARCH, rates=4, seeds=(1,), errors=False),
+    "search": TasksPreset("search", SEARCH, rates=4, seeds=(1,), errors=False, optimizers=CANDIDATES),
 }
 
 
@@ -322,7 +324,7 @@ def _begun(arguments: argparse.Namespace) -> Study:
     if preset.tuning_seed in preset.seeds:
         raise InputError(f"--seed {preset.tuning_seed} chooses the learning rates: name others for the comparison")
     device = str(select_device(arguments.device))
-    optimizers = _optimizers(arguments.optimizers)
+    optimizers = _optimizers(arguments.optimizers or preset.optimizers)
     source = Source(arguments.data, arguments.accept_modified_data)
     tasks, data = _tasks(preset, arguments.tasks, source)
     preset = replace(preset, tasks=tasks, rates=rates)
@@ -340,8 +342,8 @@ def _begun(arguments: argparse.Namespace) -> Study:
     return Study(preset, optimizers, source, device, arguments.jobs, arguments.out, stop, {}, [])
 
 
-def _optimizers(names: Sequence[str] | None) -> tuple[str, ...]:
-    chosen = [find_contestant(name) for name in dict.fromkeys(names or CONTESTANTS)]
+def _optimizers(names: Sequence[str]) -> tuple[str, ...]:
+    chosen = [find_contestant(name) for name in dict.fromkeys(names)]
     for one in chosen:
         if lacks := missing(one):
             say(f"optimizers: {one.name} is left out: it needs the package {lacks}, of the extra 'peers'")

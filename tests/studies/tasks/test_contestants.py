@@ -5,7 +5,7 @@ import torch
 
 from kfacerr.exceptions import InputError
 from kfacerr.torch import KFAC
-from studies.tasks.contestants import CONTESTANTS, FAMILY, LADDER, find_contestant, grid, missing
+from studies.tasks.contestants import CANDIDATES, CONTESTANTS, FAMILY, LADDER, find_contestant, grid, missing
 from tests.studies.tasks.tiny import TASK
 
 NAMES = list(CONTESTANTS)
@@ -65,6 +65,17 @@ def test_settings_in_a_name_are_those_of_the_optimizer() -> None:
     assert (hyper.phi_lambda, hyper.settings.continuation, hyper.settings.rank) == (0.01, "trace", 3)
     assert (group["momentum"], group["clip"]) == (0.9, None)
     assert grid(contestant) == grid(CONTESTANTS["R-KFAC"])
+
+
+def test_among_the_candidates_is_the_default() -> None:
+    made = [KFAC(TASK.model(), rank=220, seed=0)]
+    for name in CANDIDATES:
+        made += find_contestant(name).make(TASK.model(), TASK, 0.03, 0)
+    default, *others = [
+        (one.schedules.at(0, 10_000), one.schedules.warm_up, one.clip_by, one.param_groups[0]["clip"])
+        for one in made
+    ]
+    assert len(set(CANDIDATES)) == len(CANDIDATES) and default in others
 
 
 @pytest.mark.parametrize(
