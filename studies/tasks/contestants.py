@@ -190,4 +190,4 @@ CANDIDATES = (
         for tail in ("min", "trace", "none")
     ),
 )
-"""What KFAC's defaults were chosen of, one setting after the other: docs/recipes.md. The last are of the task's rank."""
+"""What KFAC's defaults were chosen of, one setting after the other, see docs/recipes.md; the last at low rank."""
