@@ -35,7 +35,7 @@ def measured(run: Run) -> tuple[tuple[list[Epoch], str], dict[str, float]]:
 
     Returns:
         What `studies.tasks.trials.train` returns, and the mean of each metric; without metrics where the run
-        diverged before there were any.
+        diverged, or fitted all targets to the last bit, before there were any.
     """
     (optimizer,) = run.optimizers
     assert isinstance(optimizer, KFAC)
@@ -69,17 +69,18 @@ def own_errors(optimizer: KFAC, name: str, k: int) -> dict[str, float]:
         k: the step, an update.
 
     Returns:
-        By the metric's name; nothing where the step was the plain gradient for want of an inverse.
+        By the metric's name; nothing where there is no inverse, and the step was the plain gradient, or where the
+        gradient is zero, every softmax having rounded to its target: two steps of length 0 are no agreement.
     """
     layer, hyper = optimizer.layers[name], optimizer.schedules.at(0, k)
     own = layer.inverses(k, hyper.phi_lambda, hyper.settings.continuation)
-    if own is None:
+    J = layer.gradient().double()
+    if own is None or not J.any():
         return {}
     # These and M are both in the factors' units, which no metric depends on.
     G, A = (DenseInverse(inverse.dense().double()) for inverse in own)
     M_G, M_A = (layer.factors[side].average.M.double() for side in "GA")
     exact_G, exact_A = (exact_inverse(M, phi=hyper.phi_lambda)[0] for M in (M_G, M_A))
-    J = layer.gradient().double()
     S, S_ref = precondition(J, G, A), precondition(J, exact_G, exact_A)
     values = (inverse_error(A, exact_A), inverse_error(G, exact_G), norm_error(S, S_ref), angle_error(S, S_ref))
     return dict(zip(METRICS, values, strict=True))

@@ -91,6 +91,13 @@ def test_what_diverged_before_it_was_measured_has_no_metrics() -> None:
     assert diverged and errors == {}
 
 
+def test_a_gradient_that_is_zero_is_not_measured() -> None:
+    run = begun("R-KFAC")
+    run.model.register_forward_hook(lambda module, inputs, outputs: outputs * float(run.k < 20))
+    _, errors = measured(run)
+    assert errors == {}
+
+
 def test_eight_updates_are_chosen_evenly() -> None:
     assert chosen_steps(range(300, 660, 10)) == [300, 350, 400, 450, 500, 550, 600, 650]
     assert chosen_steps([7, 3]) == [3, 7] and chosen_steps([]) == []
