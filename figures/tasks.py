@@ -13,7 +13,7 @@ from matplotlib.ticker import NullFormatter
 from scipy.stats import permutation_test, spearmanr
 
 from figures.optimizers import OTHER, STYLES
-from figures.render import save_both
+from figures.render import is_there, save_both
 from figures.tables import read_table, write_table
 from kfacerr.files import write_text
 from kfacerr.metrics import METRICS
@@ -46,9 +46,9 @@ def render(run: Path) -> None:
     columns = ("task", "optimizer", "lr", "seed", "stage", "epoch", "train_loss", "test_loss")
     trials = read_table(run / "trials.csv", columns, bound=math.inf)
     timing = errors = None
-    if (run / "timing.csv").exists():
+    if is_there(run, "timing.csv"):
         timing = read_table(run / "timing.csv", ("task", "optimizer", "round", "steps", "ms_per_step"))
-    if (run / "errors.csv").exists():
+    if is_there(run, "errors.csv"):
         errors = read_table(
             run / "errors.csv",
             ("task", "optimizer", "lr", "seed", "metric", "mean", "train_loss"),
@@ -262,7 +262,8 @@ def scatter_figure(errors: pd.DataFrame) -> Figure:
             part = errors[(errors.task == task) & (errors.metric == metric)]
             for name, group in part.groupby("optimizer", sort=False):
                 colour, marker = _STYLES.get(str(name), OTHER)[0], _MARKERS.get(str(name), ".")
-                ax.plot(group["mean"], group.train_loss, marker, color=colour, markersize=4)
+                size = 4 if marker == "." else 2.5
+                ax.plot(group["mean"], group.train_loss, marker, color=colour, markersize=size)
             _dress(ax, METRIC_LABELS[metric] if row == len(tasks) - 1 else "", "log")
             ax.set_xscale("log")
             ax.xaxis.set_minor_formatter(NullFormatter())

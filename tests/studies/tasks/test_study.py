@@ -1,5 +1,6 @@
 """The study of tasks: a miniature, stopped and resumed."""
 
+import gzip
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -205,6 +206,9 @@ def test_what_lacks_its_package_or_its_data_is_left_out_with_a_line(
 def test_tables_and_figures_are_rendered_again_from_the_csvs(whole: Path, tmp_path: Path) -> None:
     for name in ("trials.csv", "timing.csv", "errors.csv", "config.json"):
         (tmp_path / name).write_bytes((whole / name).read_bytes())
+    table = tmp_path / "trials.csv"
+    (tmp_path / "trials.csv.gz").write_bytes(gzip.compress(table.read_bytes()))
+    table.unlink()
     assert figures.__main__.main([str(tmp_path)]) == 0
     for name in ("tasks.md", "tasks.csv", "correlations.md"):
         assert (tmp_path / name).read_text() == (whole / name).read_text()
