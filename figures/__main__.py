@@ -26,9 +26,9 @@ def _render(arguments: argparse.Namespace) -> None:
     check_folder(folder)
     if (folder / "epochs.csv").exists():
         optimizers.render(folder)
-    elif (folder / "trials.csv").exists():
+    elif render.is_there(folder, "trials.csv"):
         tasks.render(folder)
-    elif (folder / "monitor.csv").exists() or (folder / "monitor.csv.gz").exists():
+    elif render.is_there(folder, "monitor.csv"):
         monitor.render_monitor(folder)
     else:
         render.render(folder)

@@ -24,7 +24,7 @@ from kfacerr.metrics import METRICS
 from kfacerr.plot import METRIC_LABELS, error_figure, plain, save
 from kfacerr.study import by_window
 
-__all__ = ["errors_figure", "render", "save_both", "spectrum_figure", "variants_figure"]
+__all__ = ["errors_figure", "is_there", "render", "save_both", "spectrum_figure", "variants_figure"]
 
 Settings = Mapping[int, Mapping[str, Any]]
 """By a window's epoch, see `figures.tables.window_settings`."""
@@ -41,11 +41,11 @@ def render(run: Path) -> None:
     errors = read_errors(run / "errors.csv")
     settings, seeds = window_settings(run), errors.seed.nunique()
     spectra = variants = timing = None  # all that is there is read, and refused, before the first figure is drawn
-    if _is_there(run, "spectra.csv"):
+    if is_there(run, "spectra.csv"):
         spectra = read_table(run / "spectra.csv", ("seed", "epoch", "factor", "index", "eigenvalue"))
-    if _is_there(run, "variants.csv"):
+    if is_there(run, "variants.csv"):
         variants = read_errors(run / "variants.csv", rows=False)
-    if _is_there(run, "timing.csv"):
+    if is_there(run, "timing.csv"):
         timing = read_table(run / "timing.csv", ("driver", "t_epoch"))
     for name, metrics in (("figure1", METRICS[:2]), ("figure2", METRICS[2:])):
         save_both(errors_figure(errors, metrics, settings, note(run, seeds)), run / name)
@@ -62,7 +62,7 @@ def render(run: Path) -> None:
     write_text(run / "table1.md", table_1_markdown(table, label, data, seeds, notes))
 
 
-def _is_there(run: Path, name: str) -> bool:
+def is_there(run: Path, name: str) -> bool:
     """Whether a study has a table, or what `gzip` made of it."""
     return (run / name).exists() or (run / f"{name}.gz").exists()
 

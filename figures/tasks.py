@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 from scipy.stats import permutation_test, spearmanr
 
 from figures.optimizers import OTHER, STYLES
-from figures.render import save_both
+from figures.render import is_there, save_both
 from figures.tables import read_table, write_table
 from kfacerr.files import write_text
 from kfacerr.metrics import METRICS
@@ -27,12 +28,13 @@ RESAMPLES = 4999
 _KEYS = ["task", "optimizer"]
 _STYLES = {
     **STYLES,
-    "Muon": ("#E69F00", "-."),
+    "Muon": ("#8C564B", "-."),
     "SOAP": ("#56B4E9", "-."),
-    "Shampoo": ("#009E73", ":"),
+    "Shampoo": ("#6A3D9A", ":"),
     "N-KFAC": ("#0072B2", "--"),
     "W-KFAC": ("#D55E00", ":"),
 }
+_MARKERS = {"N-KFAC": "^", "W-KFAC": "x"}  # of the colours of R- and B-KFAC
 
 
 def render(run: Path) -> None:
@@ -44,9 +46,9 @@ def render(run: Path) -> None:
     columns = ("task", "optimizer", "lr", "seed", "stage", "epoch", "train_loss", "test_loss")
     trials = read_table(run / "trials.csv", columns, bound=math.inf)
     timing = errors = None
-    if (run / "timing.csv").exists():
+    if is_there(run, "timing.csv"):
         timing = read_table(run / "timing.csv", ("task", "optimizer", "round", "steps", "ms_per_step"))
-    if (run / "errors.csv").exists():
+    if is_there(run, "errors.csv"):
         errors = read_table(
             run / "errors.csv",
             ("task", "optimizer", "lr", "seed", "metric", "mean", "train_loss"),
@@ -181,6 +183,8 @@ def _markdown(table: pd.DataFrame) -> str:
 def correlations(errors: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFrame:
     """How the error of the inverse goes with the final training loss, within each task.
 
+    Runs that are the same to the bit, where algorithms without room gave way to the same one, count once.
+
     Args:
         errors: of errors.csv: the mean of each metric along a run, and the run's final training loss.
         finals: rows of trials.csv of the stage "final", which say the best rates.
@@ -192,9 +196,10 @@ def correlations(errors: pd.DataFrame, finals: pd.DataFrame) -> pd.DataFrame:
     """
     chosen = set(finals[[*_KEYS, "lr"]].drop_duplicates().itertuples(index=False, name=None))
     at_best = pd.Series([key in chosen for key in zip(errors.task, errors.optimizer, errors.lr, strict=True)])
+    alike = ["task", "lr", "seed", "metric", "mean", "train_loss"]
     rows = []
     for runs, part in (("all", errors), ("best rate", errors[at_best.to_numpy()])):
-        for (task, metric), group in part.groupby(["task", "metric"], sort=False):
+        for (task, metric), group in part.drop_duplicates(alike).groupby(["task", "metric"], sort=False):
             finite = group[np.isfinite(group["mean"]) & np.isfinite(group.train_loss)]
             rows.append((task, metric, runs, len(finite), *_spearman(finite["mean"], finite.train_loss)))
     return pd.DataFrame(rows, columns=["task", "metric", "runs", "n", "spearman", "p"])
@@ -256,26 +261,30 @@ def scatter_figure(errors: pd.DataFrame) -> Figure:
         for ax, metric in zip(axes[row], METRICS, strict=True):
             part = errors[(errors.task == task) & (errors.metric == metric)]
             for name, group in part.groupby("optimizer", sort=False):
-                ax.plot(group["mean"], group.train_loss, ".", color=_STYLES.get(str(name), OTHER)[0], markersize=4)
+                colour, marker = _STYLES.get(str(name), OTHER)[0], _MARKERS.get(str(name), ".")
+                size = 4 if marker == "." else 2.5
+                ax.plot(group["mean"], group.train_loss, marker, color=colour, markersize=size)
             _dress(ax, METRIC_LABELS[metric] if row == len(tasks) - 1 else "", "log")
             ax.set_xscale("log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
         axes[row, 0].set_ylabel(f"{task}\ntrain loss", fontsize=8)
-    _legend(figure, list(errors.optimizer.unique()), marker=".", joined=False)
+    _legend(figure, list(errors.optimizer.unique()), joined=False)
     return figure
 
 
 def _dress(ax: Any, label: str, scale: str) -> None:
     ax.set_yscale(scale)
     ax.set_xlabel(label, fontsize=8)
-    ax.tick_params(labelsize=7)
+    ax.tick_params(labelsize=7, which="both")
     ax.grid(True, linewidth=0.3, alpha=0.6)
 
 
-def _legend(figure: Figure, names: list[str], *, marker: str = "", joined: bool = True) -> None:
+def _legend(figure: Figure, names: list[str], *, joined: bool = True) -> None:
     handles = []
     for name in names:
         colour, line = _STYLES.get(name, OTHER)
         style: Any = line if joined else ""
+        marker = "" if joined else _MARKERS.get(name, ".")
         handles.append(
             Line2D([], [], color=colour, linestyle=style, marker=marker, linewidth=1.0, label=plain(name))
         )

@@ -16,7 +16,17 @@ from kfacerr.exceptions import InputError
 
 __all__ = ["environment", "hardware", "select_device", "synchronize"]
 
-_PACKAGES = ("kfacerr", "torch", "numpy", "scipy", "pandas", "h5py", "matplotlib", "scikit-learn")
+_PACKAGES = (
+    "kfacerr",
+    "torch",
+    "numpy",
+    "scipy",
+    "pandas",
+    "h5py",
+    "matplotlib",
+    "scikit-learn",
+    "pytorch-optimizer",
+)
 _CUPY_PACKAGES = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 
 

@@ -12,7 +12,9 @@ from figures.tables import epochs_to, read_table
 from kfacerr.metrics import METRICS
 from studies.layer_costs import Setting, markdown
 from studies.layer_costs import table as layer_costs
+from studies.tasks.contestants import FAMILY as NAMES
 
+FAMILY = list(NAMES)
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "```python\n" in page.read_text(encoding="utf-8"))
 
@@ -146,6 +148,53 @@ def test_the_tables_down_to_the_fisher_are_those_of_the_csv():
     (section,) = re.findall(r"^## Down to the Fisher\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
     rows = [line for line in section.splitlines() if line.startswith("|") and "---" not in line]
     assert len(rows) >= 13 and [row for row in rows if row not in known] == []
+
+
+def test_the_tables_of_tasks_in_the_findings_are_those_of_the_csvs():
+    folder = DOCS.parent / "figures" / "tasks"
+    table = pd.read_csv(folder / "tasks.csv").set_index(["optimizer", "task"])
+    found = pd.read_csv(folder / "correlations.csv").set_index(["task", "runs", "metric"])
+    text = (DOCS / "findings.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^## What the errors cost: tasks\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    first, second = [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
+        for lines in re.findall(r"^\|---.*?\n((?:\|.*\n)+)", section, re.MULTILINE)
+    ]
+    assert {name for name, *_ in first} == set(table.index.get_level_values("optimizer"))
+    for name, *cells in first:
+        losses = [f"{table.train_loss[name, task]:.3g}" for task in ("autoencoder", "transformer", "cifar10")]
+        right = [table.test_accuracy[name, task] for task in ("mlp", "convnet", "transformer", "cifar10")]
+        assert cells == [*losses, *(f"{100 * share:.1f}%" for share in right)], name
+    assert len(second) == 6
+    for task, runs, n, *cells in second:
+        rows = [found.loc[task, runs, metric] for metric in METRICS]
+        assert {str(int(row.n)) for row in rows} == {n}
+        assert cells == [f"{row.spearman:.2f} (p {row.p:.1g})" for row in rows], (task, runs)
+
+
+def test_what_the_findings_say_of_tasks_is_so():
+    folder = DOCS.parent / "figures" / "tasks"
+    table = pd.read_csv(folder / "tasks.csv").set_index("optimizer")
+    errors = pd.read_csv(folder / "errors.csv")
+    bounds = {"transformer": (0.95, 0.99), "autoencoder": (0.77, 0.80), "cifar10": (0.21, 0.44)}
+    for task, (low, high) in bounds.items():
+        own = table[table.task == task]
+        ratio = own.train_loss[FAMILY] / own.train_loss["AdamW"]
+        assert low < ratio.min() and ratio.max() < high, task
+    for task in ("mlp", "convnet"):
+        own = table[table.task == task]
+        assert own.train_loss[FAMILY].max() < own.train_loss["AdamW"]
+        assert own.test_loss[FAMILY].min() > 1.7 and own.test_loss.drop(FAMILY).max() < 0.8
+        assert own.test_accuracy.max() - own.test_accuracy.min() < 0.04
+    for task in ("transformer", "cifar10"):
+        own = table[table.task == task]
+        assert own.train_high["K-FAC"] < own.train_low["R-KFAC"]
+        assert own.test_accuracy[FAMILY].min() > own.test_accuracy["AdamW"]
+    best = table.reset_index()[["task", "optimizer", "lr"]].merge(errors)
+    cheap = best[(best.task == "cifar10") & (best.optimizer != "K-FAC")]
+    for metric in METRICS:
+        one = cheap[cheap.metric == metric]
+        assert 0.515 < one["mean"].corr(one.train_loss, method="spearman") < 0.615
 
 
 def test_the_table_of_a_language_models_layers_is_computed():

@@ -46,7 +46,10 @@ class KFACLayer(Layer):
     Attributes:
         factors: of sides "A" and "G"; empty until the first columns.
         linear: whether Algorithm 8 is taken where it can be; None until the first columns, which tell n.
+        dense: keep the EA factors although no process reads them, to measure errors by; to be set before them.
     """
+
+    dense = False
 
     def __init__(
         self,
@@ -193,7 +196,7 @@ class KFACLayer(Layer):
 
     def _made(self, info: FactorInfo, settings: Settings) -> KFactor:
         name, process = named_process(choice_of_side(self.policy, info.side), info, settings)
-        return KFactor(info.side, {name: process}, settings.rho)
+        return KFactor(info.side, {name: process}, settings.rho, dense=self.dense)
 
     def configure(self, hyper: Hyper) -> None:
         """This step's hyper-parameters; a process of the user's own keeps its."""

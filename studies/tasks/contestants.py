@@ -28,7 +28,7 @@ from kfacerr.exceptions import InputError
 from kfacerr.torch import KFAC, SENG
 from studies.tasks.problems import Task
 
-__all__ = ["CONTESTANTS", "FAMILY", "LADDER", "Contestant", "find_contestant", "grid", "missing"]
+__all__ = ["CANDIDATES", "CONTESTANTS", "FAMILY", "LADDER", "Contestant", "find_contestant", "grid", "missing"]
 
 Optimizers = list[torch.optim.Optimizer]
 Make = Callable[[nn.Module, Task, float, int], Optimizers]
@@ -59,8 +59,8 @@ class Contestant:
     kfac: str = ""
 
 
-def grid(contestant: Contestant, rates: int = 6) -> tuple[float, ...]:
-    """The rates of the ladder around the contestant's own, one more above it than below."""
+def grid(contestant: Contestant, rates: int = 5) -> tuple[float, ...]:
+    """The rates of the ladder around the contestant's own; of an even number one more above it than below."""
     own = int(np.argmin(np.abs(np.log(LADDER) - np.log(contestant.rate))))
     first = own - (rates - 1) // 2
     return LADDER[first : first + rates]
@@ -169,3 +169,25 @@ _ALL = (
     *(_family(name, name, {}) for name in FAMILY),
 )
 CONTESTANTS = {contestant.name: contestant for contestant in _ALL}
+
+_PAPER = "T_updt=25 T_inv=250 phi_lambda=0.1 continuation=min"
+_SHORT = "T_updt=10 T_inv=50 warm_up=True"
+_SMALL = f"{_SHORT} phi_lambda=0.01"
+CANDIDATES = (
+    f"R-KFAC rank=220 {_PAPER} momentum=0",
+    f"R-KFAC rank=220 {_PAPER}",
+    f"R-KFAC rank=220 {_PAPER} warm_up=True",
+    *(f"R-KFAC rank=220 {_SHORT} phi_lambda={phi}" for phi in (0.1, 0.03, 0.01, 0.003, 0.001)),
+    f"R-KFAC rank=220 {_SMALL} clip=None",
+    *(f"R-KFAC rank=220 {_SMALL} clip_by=kl clip={clip}" for clip in (0.01, 0.001, 0.0001)),
+    *(
+        f"R-KFAC rank=220 T_updt={T_updt} T_inv={T_inv} warm_up=True"
+        for T_updt, T_inv in ((10, 100), (25, 100), (5, 20))
+    ),
+    *(
+        f"{name} continuation={tail}"
+        for name in ("R-KFAC", "B-KFAC", "N-KFAC")
+        for tail in ("min", "trace", "none")
+    ),
+)
+"""What KFAC's defaults were chosen of, one setting after the other, see docs/recipes.md; the last at low rank."""

@@ -5,15 +5,16 @@
 1. tune: each optimizer trains each task with one seed at each learning rate of its grid. The best is that of the
    least final training loss. If it is at the grid's edge, the grid grows by one beyond it, at most twice.
 2. final: at that rate it trains with fresh seeds.
-3. errors: the runs of the K-FAC family are done again, and their inverses' errors are measured along the way.
 
-DIR gets trials.csv (a row an epoch of everything tried), errors.csv (the mean of each metric in each run of 3),
-timing.csv, config.json, environment.json; and from these, see `figures.tasks`, tasks.csv and tasks.md, the
+Along all runs of the K-FAC family the errors of their inverses are measured, which changes none of them.
+
+DIR gets trials.csv (a row an epoch of everything tried), errors.csv (the mean of each metric in each of those
+runs), timing.csv, config.json, environment.json; and from these, see `figures.tasks`, tasks.csv and tasks.md, the
 correlations, the curves and the scatter. A study that is stopped, between two trials, goes on with --resume. Times
 are of whole runs, alone and in turns, after the trials: --timing-only does this last part alone.
 
-`--preset search` does the first two on other tasks, by which default settings may be chosen: of candidates that
---optimizers names, such as "R-KFAC phi_lambda=0.01 momentum=0.9".
+`--preset search` is on other tasks, by which default settings may be chosen: of `CANDIDATES`, or of those that
+--optimizers names, such as "R-KFAC phi_lambda=0.01 momentum=0.9". It measures no errors.
 """
 
 import argparse
@@ -48,7 +49,7 @@ from studies.jobs import (
     verdict,
     with_seeds,
 )
-from studies.tasks.contestants import CONTESTANTS, LADDER, find_contestant, grid, missing
+from studies.tasks.contestants import CANDIDATES, CONTESTANTS, LADDER, find_contestant, grid, missing
 from studies.tasks.errors import measured
 from studies.tasks.problems import SEARCH, TASKS, Source, Task
 from studies.tasks.trials import Epoch, Run, Trial, train
@@ -70,21 +71,23 @@ class TasksPreset:
         seeds: of stage 2.
         rates: learning rates of each grid.
         timing_rounds: times that each run is timed.
-        errors: whether there is a stage 3.
+        errors: whether the inverses' errors are measured.
+        optimizers: who trains if nobody is named.
     """
 
     name: str
     tasks: Mapping[str, Task]
     tuning_seed: int = 0
     seeds: tuple[int, ...] = (1, 2, 3)
-    rates: int = 6
-    timing_rounds: int = 3
+    rates: int = 5
+    timing_rounds: int = 2
     errors: bool = True
+    optimizers: tuple[str, ...] = tuple(CONTESTANTS)
 
 
 PRESETS = {
     "tasks": TasksPreset("tasks", TASKS),
-    "search": TasksPreset("search", SEARCH, rates=4, seeds=(1,), errors=False),
+    "search": TasksPreset("search", SEARCH, rates=4, seeds=(1,), errors=False, optimizers=CANDIDATES),
 }
 
 
@@ -116,11 +119,8 @@ class Study:
 
     def try_all(self, trials: Sequence[Trial]) -> bool:
         """Runs trials, those that DIR holds not again; whether all are done. Writes trials.csv after each task."""
-        tasks = self.preset.tasks
-        calls = [
-            joblib.delayed(run_trial)(trial, tasks[trial.task], self.source, self.device, self.out, self.stop)
-            for trial in trials
-        ]
+        preset, common = self.preset, (self.source, self.device, self.preset.errors, self.out, self.stop)
+        calls = [joblib.delayed(run_trial)(trial, preset.tasks[trial.task], *common) for trial in trials]
         for i, (trial, outcome) in enumerate(zip(trials, in_parallel(calls, self.jobs), strict=True), 1):
             self.outcomes.append(outcome)
             if outcome.state is not None:
@@ -161,14 +161,6 @@ class Study:
             for task in self.preset.tasks
             for name in self.optimizers
             for seed in self.preset.seeds
-        ]
-
-    def of_errors(self) -> list[Trial]:
-        """The trials of stage 3: every run of the K-FAC family that did not diverge."""
-        return [
-            trial._replace(stage="errors")
-            for trial, state in self.done.items()
-            if find_contestant(trial.optimizer).kfac and not state["diverged"] and trial.stage != "errors"
         ]
 
     def time(self) -> None:
@@ -221,7 +213,9 @@ def extended(losses: Mapping[float, float]) -> list[float]:
     return [LADDER[place]] if step and math.isfinite(losses[chosen]) and 0 <= place < len(LADDER) else []
 
 
-def run_trial(trial: Trial, task: Task, source: Source, device: str, out: Path, stop: Stop) -> Outcome:
+def run_trial(
+    trial: Trial, task: Task, source: Source, device: str, errors: bool, out: Path, stop: Stop
+) -> Outcome:
     """One trial, unless DIR holds it; in whatever process, on whatever machine it runs."""
     path = out / "state" / f"{slug(*trial)}.pt"
     if path.exists():
@@ -230,18 +224,19 @@ def run_trial(trial: Trial, task: Task, source: Source, device: str, out: Path, 
         if stop():
             return Outcome(str(trial), None, stop.reason)
         try:
-            state = result(trial, task, source, device)
+            state = result(trial, task, source, device, errors=errors)
         except InputError as error:
             return Outcome(str(trial), None, error=str(error))
         save_checkpoint(path, state)
         return Outcome(str(trial), state)
 
 
-def result(trial: Trial, task: Task, source: Source, device: str) -> dict[str, Any]:
-    """The trial's epochs, and in its stage "errors" the mean of each metric; for whatever process it runs in."""
-    run = Run(task, task.data(source), find_contestant(trial.optimizer), trial.lr, trial.seed, device)
+def result(trial: Trial, task: Task, source: Source, device: str, *, errors: bool) -> dict[str, Any]:
+    """The trial's epochs, and of the K-FAC family the mean of each metric if `errors`."""
+    contestant = find_contestant(trial.optimizer)
+    run = Run(task, task.data(source), contestant, trial.lr, trial.seed, device)
     metrics: dict[str, float] = {}
-    if trial.stage == "errors":
+    if errors and contestant.kfac:
         (epochs, diverged), metrics = measured(run)
     else:
         epochs, diverged = train(run)
@@ -294,7 +289,6 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.timing_only:
             study.stop.steps = -1  # no trial begins
         whole = study.tune() and study.try_all(study.finals())
-        whole = whole and (not study.preset.errors or study.try_all(study.of_errors()))
         if arguments.timing_only and not whole:
             raise InputError(
                 f"{study.out}: not all is trained; continue it with --resume, and take the times then"
@@ -330,7 +324,7 @@ def _begun(arguments: argparse.Namespace) -> Study:
     if preset.tuning_seed in preset.seeds:
         raise InputError(f"--seed {preset.tuning_seed} chooses the learning rates: name others for the comparison")
     device = str(select_device(arguments.device))
-    optimizers = _optimizers(arguments.optimizers)
+    optimizers = _optimizers(arguments.optimizers or preset.optimizers)
     source = Source(arguments.data, arguments.accept_modified_data)
     tasks, data = _tasks(preset, arguments.tasks, source)
     preset = replace(preset, tasks=tasks, rates=rates)
@@ -348,8 +342,8 @@ def _begun(arguments: argparse.Namespace) -> Study:
     return Study(preset, optimizers, source, device, arguments.jobs, arguments.out, stop, {}, [])
 
 
-def _optimizers(names: Sequence[str] | None) -> tuple[str, ...]:
-    chosen = [find_contestant(name) for name in dict.fromkeys(names or CONTESTANTS)]
+def _optimizers(names: Sequence[str]) -> tuple[str, ...]:
+    chosen = [find_contestant(name) for name in dict.fromkeys(names)]
     for one in chosen:
         if lacks := missing(one):
             say(f"optimizers: {one.name} is left out: it needs the package {lacks}, of the extra 'peers'")

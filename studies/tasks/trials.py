@@ -20,8 +20,8 @@ from studies.training import Purpose, derived_seed
 
 __all__ = ["STAGES", "Epoch", "Run", "Trial", "train"]
 
-STAGES = ("tune", "final", "errors")
-"""What a trial is for: to choose the learning rate, to compare at it, to measure the inverse's errors along it."""
+STAGES = ("tune", "final")
+"""What a trial is for: to choose the learning rate, or to compare at it."""
 
 _EVALUATION_BATCH = 500
 
@@ -44,7 +44,7 @@ class Epoch(NamedTuple):
 
     Attributes:
         epoch: number of epochs done, from 1.
-        seconds: of training since the start, by the clock on the wall, evaluations excluded.
+        seconds: of training since the start, by the clock on the wall; with what is measured, without evaluations.
         train_loss: of the whole train set; Inf from where the run diverged.
         test_loss: of the test set.
         test_accuracy: NaN where the targets are no classes.

@@ -80,3 +80,10 @@ def test_what_diverged_is_left_out_and_of_too_few_or_constants_nothing_is_said()
     assert row.n == 3 and math.isnan(row.spearman) and math.isnan(row.p)
     (row,) = correlations(errors(np.ones(9), np.arange(9.0)), finals).itertuples()
     assert row.n == 9 and math.isnan(row.spearman)
+
+
+def test_runs_that_are_the_same_to_the_bit_count_once() -> None:
+    finals = pd.DataFrame({"task": [], "optimizer": [], "lr": []})
+    one = errors(np.arange(9.0), np.arange(9.0))
+    (row,) = correlations(pd.concat([one, one.assign(optimizer="B-KFAC")], ignore_index=True), finals).itertuples()
+    assert row.n == 9

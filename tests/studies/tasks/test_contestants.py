@@ -5,19 +5,19 @@ import torch
 
 from kfacerr.exceptions import InputError
 from kfacerr.torch import KFAC
-from studies.tasks.contestants import CONTESTANTS, FAMILY, LADDER, find_contestant, grid, missing
+from studies.tasks.contestants import CANDIDATES, CONTESTANTS, FAMILY, LADDER, find_contestant, grid, missing
 from tests.studies.tasks.tiny import TASK
 
 NAMES = list(CONTESTANTS)
 
 
 def test_the_grids_are_alike() -> None:
-    """Six rates of one ladder, around the optimizer's own."""
+    """Five rates of one ladder, around the optimizer's own."""
     for contestant in CONTESTANTS.values():
         rates = grid(contestant)
         first = LADDER.index(rates[0])
-        assert rates == LADDER[first : first + 6]
-        assert rates[1] < contestant.rate < rates[4]
+        assert rates == LADDER[first : first + 5]
+        assert rates[0] < contestant.rate < rates[4]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,6 +65,17 @@ def test_settings_in_a_name_are_those_of_the_optimizer() -> None:
     assert (hyper.phi_lambda, hyper.settings.continuation, hyper.settings.rank) == (0.01, "trace", 3)
     assert (group["momentum"], group["clip"]) == (0.9, None)
     assert grid(contestant) == grid(CONTESTANTS["R-KFAC"])
+
+
+def test_among_the_candidates_is_the_default() -> None:
+    def settings(optimizer: torch.optim.Optimizer) -> list[object]:
+        assert isinstance(optimizer, KFAC)
+        group, schedules = optimizer.param_groups[0], optimizer.schedules
+        return [schedules.at(0, 10_000), schedules.warm_up, optimizer.clip_by, group["clip"], group["momentum"]]
+
+    made = [find_contestant(name).make(TASK.model(), TASK, 0.03, 0)[0] for name in CANDIDATES]
+    assert settings(KFAC(TASK.model(), rank=220)) in map(settings, made)
+    assert len(set(CANDIDATES)) == len(CANDIDATES)
 
 
 @pytest.mark.parametrize(

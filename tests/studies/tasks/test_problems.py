@@ -8,8 +8,8 @@ import torch
 
 from kfacerr.exceptions import InputError
 from kfacerr.report import default_rank
+from kfacerr.torch import KFAC
 from studies.tasks.contestants import CONTESTANTS
-from studies.tasks.errors import columns_of_an_input, own_algorithm
 from studies.tasks.problems import SEARCH, TASKS, Source, Task
 from studies.tasks.trials import Run
 
@@ -37,13 +37,11 @@ def test_the_rank_is_an_eighth_of_the_measured_layer_and_both_its_factors_have_t
     assert isinstance(layer, torch.nn.Linear)
     assert task.rank == default_rank(layer.in_features + 1, layer.out_features)
     run = Run(task, task.data(Source()), CONTESTANTS["B-KFAC"], 0.1, 0, "cpu")
+    next(run.epoch())
     (optimizer,) = run.optimizers
-    n = task.batch_size * columns_of_an_input(run)
-    chosen = own_algorithm(optimizer, task.layer, n)  # type: ignore[arg-type]
-    assert chosen.base == ("R-KFAC" if task.name in ("transformer", "diabetes") else "B-KFAC")
-    settings = optimizer.hyper.settings  # type: ignore[attr-defined]
-    for d in (layer.in_features + 1, layer.out_features):
-        assert chosen.for_factor(settings, d, n) == chosen
+    assert isinstance(optimizer, KFAC)
+    chosen = [name for factor in optimizer.layers[task.layer].factors.values() for name in factor.processes]
+    assert chosen == ["R-KFAC" if task.name in ("transformer", "diabetes") else "B-KFAC"] * 2
 
 
 def test_the_tasks_of_the_search_are_none_of_the_report() -> None:

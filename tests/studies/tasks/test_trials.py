@@ -8,7 +8,6 @@ import torch
 
 from kfacerr.exceptions import InputError
 from studies.tasks.contestants import CONTESTANTS
-from studies.tasks.errors import window
 from studies.tasks.problems import Source
 from studies.tasks.study import result
 from studies.tasks.trials import Run, Trial, train
@@ -58,7 +57,7 @@ def test_losses_after_an_epoch_are_of_the_whole_sets() -> None:
 
 
 def test_a_run_that_diverges_ends_with_an_infinite_loss_and_says_where() -> None:
-    state = result(Trial("tiny", "SGD", 1e30, 0, "tune"), TASK, Source(), "cpu")
+    state = result(Trial("tiny", "SGD", 1e30, 0, "tune"), TASK, Source(), "cpu", errors=True)
     assert "the loss is" in state["diverged"]
     assert state["epochs"][-1][2] == math.inf and len(state["epochs"]) == 1
 
@@ -66,10 +65,3 @@ def test_a_run_that_diverges_ends_with_an_infinite_loss_and_says_where() -> None
 def test_a_train_set_that_fills_no_batch_is_refused() -> None:
     with pytest.raises(InputError, match="task tiny: 24 inputs do not fill a batch of 100"):
         Run(replace(TASK, batch_size=100), blobs(Source()), CONTESTANTS["SGD"], 0.1, 0, "cpu")
-
-
-@pytest.mark.parametrize(("steps", "T_inv", "start"), [(660, 250, 250), (400, 250, 0), (600, 50, 300), (7, 1, 3)])
-def test_errors_are_measured_from_where_the_periods_begin_anew_to_the_end(
-    steps: int, T_inv: int, start: int
-) -> None:
-    assert (window(steps, T_inv).start, window(steps, T_inv).length) == (start, steps - start)
