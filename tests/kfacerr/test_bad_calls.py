@@ -410,23 +410,25 @@ def rows_of_files(path, tmp_path) -> dict[str, bad.Row]:
                 "seed": NO_COUNT,
             },
         ),
-        "report": (
+        "report_recording": (
             by(report_recording, algorithms=["B-KFAC"]),
             {},
             {
                 **common,
                 "layers": given(*NO_LIST, []),
+                "damping": bad.NO_DAMPING,
                 "algorithms": (None, [], *NO_LIST),
                 "dtype": ("x", None, "int32", "float16"),
             },
         ),
-        "advise": (
+        "advise_recording": (
             by(advise, rank=2, algorithms=["B-KFAC"]),
             {},
             {
                 **common,
                 "rank": NO_SIZE,
                 "budget": ("x", 3),
+                "damping": bad.NO_DAMPING,
                 "algorithms": ([], *NO_LIST),
                 "dtype": ("x", None, "int32"),
             },
@@ -444,8 +446,8 @@ NAMES_OF_FILES = (
     "truncate",
     "a closed writer",
     "verify_layer",
-    "report",
-    "advise",
+    "report_recording",
+    "advise_recording",
 )
 
 
