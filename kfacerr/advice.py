@@ -386,11 +386,10 @@ def advise_recording(
     instance(DEFAULT_BUDGET if budget is None else budget, "budget", Budget)
     sizes = Layer(layer.d_A, layer.d_G, layer.n, layer.update_every)
     configured = Settings(rank=rank, **settings)
-    # An inverse that is kept for longer than every window was never measured as stale as it gets.
-    longest = max((window.length for window in layer.windows), default=0)
-    chosen = [a for a in candidates(sizes, configured.rank) if a.get("T_inv", 0) <= max(longest, sizes.every)]
     if algorithms is not None:
         chosen = [Algorithm.parse(name) for name in names(algorithms, "algorithms", str, Algorithm)]
+    else:
+        chosen = _measurable(candidates(sizes, rank), layer.windows, sizes.every)
     used = phi if phi is not None else 0.1 if layer.phi is None else float(layer.phi[-1])
     study = ErrorStudy(chosen, configured, layer.windows, phi=used, damping=damping)
     steps = replay(
@@ -405,15 +404,21 @@ def advise_recording(
     errors = table(rows).groupby(["algorithm", "metric"], sort=False).value.mean().unstack()
     costs = layer_costs(sizes, tqdm(chosen, desc="costs", disable=None), configured)
     frame = costs.join(errors.reindex(columns=list(METRICS)), on="algorithm")
-    measured: dict[str, Any] = {
-        "T_updt": layer.update_every,
-        "rank": rank,
-        "phi_lambda": used,
-        "rho": configured.rho,
-    }
-    measured |= {"continuation": configured.continuation}
-    measured |= {} if damping in ("own", "common") else {"damping": str(damping)}
+    measured = _settings(configured, layer.update_every, used, damping)
     return Advice(layer.name, frame, costs.attrs["sgd"], budget or DEFAULT_BUDGET, measured)
+
+
+def _measurable(found: Iterable[Algorithm], windows: Iterable[Window], every: int) -> list[Algorithm]:
+    """Not those whose inverse is kept for longer than every window: it was never measured as stale as it gets."""
+    longest = max((window.length for window in windows), default=0)
+    return [algorithm for algorithm in found if algorithm.get("T_inv", 0) <= max(longest, every)]
+
+
+def _settings(configured: Settings, every: int, phi: float, damping: str | Damping) -> dict[str, Any]:
+    """Of `KFAC`, under which the errors were measured."""
+    named = {name: getattr(configured, name) for name in ("rank", "rho", "continuation")}
+    other = {} if damping in ("own", "common") else {"damping": str(damping)}
+    return {"T_updt": every, "phi_lambda": phi, **named, **other}
 
 
 def _sampled(windows: Iterable[Window]) -> set[int]:

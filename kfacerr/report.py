@@ -418,9 +418,8 @@ def report_recording(
         for _ in replay(layer, measurement.push, convert=lambda X: X.astype(dtype), phi=phi):
             pass
         measurements.append(measurement)
-    return Report(
-        measurements, title=f"How wrong are the inverses of {', '.join(wanted)} in {recording.path.name}"
-    )
+    title = f"How wrong are the inverses of {', '.join(wanted)} in {recording.path.name}"
+    return Report(measurements, title=title)
 
 
 def default_rank(d_A: int, d_G: int) -> int:
@@ -440,8 +439,8 @@ def _about(layer: LayerFacts) -> str:
 
 
 def _spread(mean: Any, low: Any, high: Any, name: str, metric: str) -> str:
-    values = [frame[metric][name] for frame in (mean, low, high)]
-    return f"{_number(values[0])} ({_number(values[1])} to {_number(values[2])})"
+    values = (_number(frame[metric][name]) for frame in (mean, low, high))
+    return "{} ({} to {})".format(*values)
 
 
 def _number(value: float) -> str:

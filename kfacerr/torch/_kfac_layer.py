@@ -322,18 +322,19 @@ class KFACLayer(Layer):
         (now,) = factor.processes
         if name != now:
             raise InputError(f"{where} {name!r}, not of {now!r}")
-        *_, wanted = sizes = self._sizes(info.side)
+        *_, wanted = sizes = _sizes(self, info.side)
         if info.d not in sizes:
             raise InputError(f"{where} d = {info.d}, not {wanted}")
         device = self.weight.device
         factor.load_state_dict(map_arrays(dict(saved), lambda t: _copied(t, device)))  # M is updated in place
         return factor
 
-    def _sizes(self, side: str) -> tuple[int, ...]:
-        """What d may be: a bias counts if it was trained when the factors were made."""
-        if side == "G":
-            return (self.dimensions[1],)
-        return (self.width, self.width + 1) if self.bias is not None else (self.width,)
+
+def _sizes(layer: KFACLayer, side: str) -> tuple[int, ...]:
+    """What d may be: a bias counts if it was trained when the factors were made."""
+    if side == "G":
+        return (layer.dimensions[1],)
+    return (layer.width, layer.width + 1) if layer.bias is not None else (layer.width,)
 
 
 def _copied(t: Tensor, device: torch.device) -> Tensor:

@@ -103,8 +103,7 @@ def watch(
     listed = names(algorithms, "algorithms", str, Algorithm)
     named = tuple(dict.fromkeys(map(str, map(Algorithm.parse, listed))))
     measured = _Windows(every, windows, rho)
-    # It refuses now what it would refuse in the training.
-    ErrorStudy(named, settings, measured.windows, phi=phi, damping=damping)
+    ErrorStudy(named, settings, measured.windows, phi=phi, damping=damping)  # what it refuses, it refuses now
     return Watch(chosen, named, settings, rank, (phi, damping), measured, record, loss_scale)
 
 

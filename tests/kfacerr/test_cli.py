@@ -564,7 +564,8 @@ def test_advise_writes_the_table_and_ends_with_the_policy(tmp_path, recording, c
     assert list(frame.columns[:7]) == ["algorithm", "cost", *METRICS, "on_frontier"]
     assert plot.stat().st_size > 1000
     assert re.match(
-        r"KFAC\(model, T_updt=\d+, rank=.+, policy=\{'fc': '.+'\}\)", capsys.readouterr().out.splitlines()[-1]
+        r"KFAC\(model, T_updt=\d+, phi_lambda=.+, policy=\{'fc': '.+'\}\)",
+        capsys.readouterr().out.splitlines()[-1],
     )
 
 
