@@ -229,7 +229,7 @@ def curves_figure(finals: pd.DataFrame, seconds: dict[tuple[str, str], tuple[flo
     """Training loss against epochs, and against time where it was taken; a column a task, medians over seeds."""
     tasks = list(finals.task.unique())
     rows = 2 if seconds else 1
-    figure = Figure(figsize=(2.6 * len(tasks) + 0.6, 2.4 * rows + 1.0), layout="constrained")
+    figure = Figure(figsize=(2.2 * len(tasks) + 0.6, 2.1 * rows + 1.0), layout="constrained")
     axes = figure.subplots(rows, len(tasks), squeeze=False)
     names = list(finals.optimizer.unique())
     for column, task in enumerate(tasks):
