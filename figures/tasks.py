@@ -245,7 +245,7 @@ def curves_figure(finals: pd.DataFrame, seconds: dict[tuple[str, str], tuple[flo
                 ax.plot(x, curve, color=colour, linestyle=line, linewidth=1.0)
         axes[0, column].set_title(task, fontsize=8)
         for ax, label in zip(axes[:, column], ("epochs", "time (s)"), strict=False):
-            _dress(ax, label, "log")
+            _dress(ax, label)
     for ax in axes[:, 0]:
         ax.set_ylabel("train loss", fontsize=8)
     _legend(figure, names)
@@ -264,7 +264,7 @@ def scatter_figure(errors: pd.DataFrame) -> Figure:
                 colour, marker = _STYLES.get(str(name), OTHER)[0], _MARKERS.get(str(name), ".")
                 size = 4 if marker == "." else 2.5
                 ax.plot(group["mean"], group.train_loss, marker, color=colour, markersize=size)
-            _dress(ax, METRIC_LABELS[metric] if row == len(tasks) - 1 else "", "log")
+            _dress(ax, METRIC_LABELS[metric] if row == len(tasks) - 1 else "")
             ax.set_xscale("log")
             ax.xaxis.set_minor_formatter(NullFormatter())
         axes[row, 0].set_ylabel(f"{task}\ntrain loss", fontsize=8)
@@ -272,8 +272,8 @@ def scatter_figure(errors: pd.DataFrame) -> Figure:
     return figure
 
 
-def _dress(ax: Any, label: str, scale: str) -> None:
-    ax.set_yscale(scale)
+def _dress(ax: Any, label: str) -> None:
+    ax.set_yscale("log")
     ax.set_xlabel(label, fontsize=8)
     ax.tick_params(labelsize=7, which="both")
     ax.grid(True, linewidth=0.3, alpha=0.6)

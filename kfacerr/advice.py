@@ -261,8 +261,8 @@ class Advice:
 
     @property
     def policy(self) -> dict[str, str]:
-        """What to give to `KFAC(model, policy=...)`."""
-        return {self.layer: self.choice}
+        """What to give to `KFAC(model, policy=...)`: the choice, and the periods that it was measured with."""
+        return {self.layer: str(Algorithm.parse(self.choice).spelt(Settings()))}
 
     def summary(self) -> str:
         """The frontier, and the choice in the last lines."""

@@ -180,6 +180,18 @@ class Algorithm:
         slow = {name: every for name in periods if self.get(name, getattr(settings, name)) > every}
         return self.with_settings(**slow) if slow else self
 
+    def spelt(self, settings: Settings) -> "Algorithm":
+        """Itself with the periods of its heavy updates in its name, where no schedule touches them.
+
+        Args:
+            settings: what it has them from, where the name has none.
+
+        Returns:
+            The same process, whatever it is configured with.
+        """
+        periods = [name for name in ("T_inv", "T_rsvd", "T_corct") if name in _BASES[self.base].own]
+        return self.with_settings(**{name: self.get(name, getattr(settings, name)) for name in periods})
+
     @property
     def process_name(self) -> str:
         """The name without what only its inverse depends on: algorithms alike in it share their processes."""

@@ -18,6 +18,7 @@ from .damping import Scale
 from .ea import EAFactor
 from .exceptions import InputError
 from .inverse import DampedInverse, DenseInverse, Exact, check_continuation, damped_inverse, exact_inverse
+from .lanczos import lambda_max
 from .process import Estimate, Process
 from .stream import Array
 
@@ -61,6 +62,7 @@ class KFactor:
         self._updates = 0
         self._inverses: dict[tuple[str, str], _Held] = {}
         self._scales: dict[str, tuple[Estimate, Scale | None]] = {}
+        self._exact_scale: tuple[int, Scale] | None = None  # updates
         self._reference: tuple[int, float, DenseInverse, Array] | None = None  # updates, phi, inverse, lam
 
     def __repr__(self) -> str:
@@ -259,6 +261,26 @@ class KFactor:
             held = self._scales[name] = estimate, Scale(estimate.lowrank.d, top, trace) if top > 0 else None
         return held[1]
 
+    def exact_scale(self) -> Scale:
+        """`scale` of M_k; kept until M changes.
+
+        Returns:
+            Its dimension, largest eigenvalue and trace.
+
+        Raises:
+            InputError: no columns came in yet, or M is not kept.
+        """
+        M = self.average.M
+        if M is None:
+            raise InputError(f"{self.side}: there is no M_k yet, or none is kept")
+        if self._exact_scale is None or self._exact_scale[0] != self._updates:
+            top, trace = lambda_max(M), float(self.average.trace)
+            self._exact_scale = (
+                self._updates,
+                Scale(M.shape[0], top / self.squared_unit, trace / self.squared_unit),
+            )
+        return self._exact_scale[1]
+
     def reference(self, phi: float) -> tuple[DenseInverse, Array]:
         """The exact damped inverse of unit^2 M_k, and its damping; kept until M or phi changes.
 
@@ -297,7 +319,7 @@ class KFactor:
             process.load_state_dict(state["processes"][name])
         self._inverses.clear()
         self._scales.clear()
-        self._reference = None
+        self._exact_scale = self._reference = None
 
 
 def _attempt(

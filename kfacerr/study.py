@@ -21,7 +21,6 @@ from .exceptions import InputError
 from .factor import KFactor
 from .inverse import DampedInverse, DenseInverse, Inverse, check_phi, precondition_linear
 from .joint import JointErrors
-from .lanczos import lambda_max
 from .metrics import METRICS, angle_error, inverse_error, norm_error, step_coordinates
 from .process import Process, Settings
 from .stream import Array, Step, Window, Windows, ordered
@@ -166,7 +165,6 @@ class ErrorStudy:
         self._joint = (
             None if self._damping is None or self._damping.separable else JointErrors(self._damping, self.factors)
         )
-        self._scales: dict[str, tuple[Array, Scale]] = {}
         self.certify = switch(certify, "certify")
         self.last_k = -1
         self._errors: dict[tuple[str, str], tuple[Inverse, DenseInverse, float]] = {}
@@ -297,12 +295,7 @@ class ErrorStudy:
         return dict(zip("AG", self._damping.ratios(scales["A"], scales["G"]), strict=True))
 
     def _exact_scales(self) -> dict[str, Scale]:
-        """Of M_k; found once an update, each of which makes a trace of its own."""
-        for side, factor in self.factors.items():
-            trace, M = factor.average.trace, factor.average.M
-            if side not in self._scales or self._scales[side][0] is not trace:
-                self._scales[side] = (trace, _scale(factor, lambda_max(M), trace))
-        return {side: scale for side, (_, scale) in self._scales.items()}
+        return {side: factor.exact_scale() for side, factor in self.factors.items()}
 
     def _own_scales(self, measured: _Measured) -> dict[str, Scale]:
         """Of an algorithm's estimates, and of M's trace as it was then."""
@@ -392,12 +385,6 @@ def _rows(name: str, step: Step, errors: Mapping[str, float], window: Window) ->
         if not math.isfinite(value):
             raise InputError(f"{name}: {metric} is {value}: beyond the range of {step.A.dtype}")
         yield Row(name, step.k, metric, value, window.epoch)
-
-
-def _scale(factor: KFactor, top: float, trace: Array) -> Scale:
-    """Of the factor itself, not of that in its unit."""
-    squared = factor.squared_unit
-    return Scale(factor.average.M.shape[0], top / squared, float(trace) / squared)
 
 
 def _applied(columns: Mapping[str, Array], inverses: Mapping[str, Inverse]) -> tuple[Array, Array]:

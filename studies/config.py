@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 
 from kfacerr.algorithms import SEVEN, Algorithm
 from kfacerr.exceptions import InputError
+from kfacerr.torch import PAPER, PAPER_SENG
 
 __all__ = [
-    "CLIP",
     "LAYER",
     "N_PWR_IT",
-    "PHI_CORCT",
     "RHO",
     "TABLE_1",
     "Schedules",
@@ -42,7 +41,7 @@ __all__ = [
 LAYER = "fc0"
 """The first fully connected layer ("FC layer 0" of the figures): it is measured, and has the Brand processes."""
 
-RHO, N_PWR_IT, PHI_CORCT, CLIP = 0.95, 4, 0.5, 0.07
+RHO, N_PWR_IT = PAPER["rho"], PAPER["n_pwr_it"]
 
 # ------------------------------------------------------------------------------------------- schedules (§6)
 
@@ -105,10 +104,10 @@ def seng_learning_rate(epoch: int, peak: float) -> float:
 
 PAPER_BATCH = 256
 PAPER_STEPS = 195  # iterations an epoch of the paper: 50,000 images in batches of 256
-_PERIODS_6 = {"T_updt": 25, "T_inv": 250, "T_brand": 125, "T_rsvd": 250, "T_corct": 500}
+_PERIODS_6 = {"T_brand": 125, **{name: PAPER[name] for name in ("T_updt", "T_inv", "T_rsvd", "T_corct")}}
 _T_BRAND_6 = {"B-R-KFAC": 25}  # where it is not the 125 above
 _PERIODS_4_2 = {"T_inv": 50, "T_rsvd": 50, "T_corct": 50}  # Brand updates come with all new data
-SENG_DAMPING, SENG_UPDATE, SENG_SAMPLES = 2.0, 200, 128
+SENG_DAMPING, SENG_UPDATE, SENG_SAMPLES = PAPER_SENG["damping"], PAPER_SENG["update_every"], 128
 
 
 class _Rates(NamedTuple):
@@ -121,12 +120,12 @@ class _Rates(NamedTuple):
 
 
 _OTHERS = {
-    "SENG": _Rates(0.05, 0.9, 1e-2),
+    "SENG": _Rates(PAPER_SENG["lr"], PAPER_SENG["momentum"], PAPER_SENG["weight_decay"]),
     "SGD": _Rates(0.1, 0.9, 5e-4),
     "AdamW": _Rates(1e-3, 0.9, 1e-2, per_batch=False),  # PyTorch's defaults, which users leave as they are
 }
 _FAMILY = ("K-FAC", "R-KFAC", "SRE-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C", "N-KFAC", "W-KFAC")
-_FAMILY_RATES = _Rates(0.3, 0.0, 7e-4)
+_FAMILY_RATES = _Rates(PAPER["lr"], PAPER["momentum"], PAPER["weight_decay"])
 
 TABLE_1 = tuple(name for name in SEVEN if name != "R-KFAC T_inv=300")
 """The drivers of Table 1, with the periods of §4.2."""

@@ -3,6 +3,8 @@
 import numpy as np
 from hypothesis import strategies as st
 
+from kfacerr.stream import Step
+
 SPECTRA = ("fast decay", "slow decay", "clustered", "degenerate", "rank deficient", "graded")
 
 
@@ -124,3 +126,11 @@ def streams(
         decay=draw(st.sampled_from(("fast decay", "slow decay"))),
         dtype=dtype,
     )
+
+
+def layer_steps(scale: float = 1.0) -> list[Step]:
+    """Thirty steps of a layer with d_A = 15, d_G = 8, n = 3, an update in five; G's columns are scaled."""
+    columns = [
+        stream(np.random.default_rng(i), d=d, n=3, steps=30, decay="slow decay") for i, d in ((1, 15), (2, 8))
+    ]
+    return [Step(k, a, scale * g, k % 5 == 0) for k, (a, g) in enumerate(zip(*columns, strict=True))]

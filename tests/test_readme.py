@@ -1,12 +1,18 @@
-"""The README's examples run as they stand."""
+"""The README's examples run as they stand, and its numbers are those of the results."""
 
 import re
 from pathlib import Path
 
+import pandas as pd
+import pytest
 import torch
 from torch import nn
 
-README = Path(__file__).parent.parent / "README.md"
+from kfacerr.metrics import METRICS
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+TEXT = " ".join(README.read_text(encoding="utf-8").split())
 
 
 def _given() -> dict:
@@ -58,3 +64,36 @@ def test_example_of_a_training_loop_lowers_the_loss():
 
 def test_it_fits_a_reader():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_what_came_out_of_the_papers_layer_is_what_its_csvs_say():
+    folder = ROOT / "figures" / "paper-layer"
+    frame = pd.concat([pd.read_csv(folder / f"{name}.csv.gz") for name in ("errors", "variants")])
+    mean = frame.groupby(["algorithm", "metric"]).value.mean().unstack()[list(METRICS)]
+    R, B_R, K = (mean.loc[name] for name in ("R-KFAC T_inv=50", "B-R-KFAC", "K-FAC T_inv=50"))
+    over = (R / B_R).tolist()
+    assert "(1) by 61 times, (2) by 2.9, (4) by 7%; in (3) it is a third" in TEXT
+    assert [round(over[0]), round(over[1], 1), round(over[3], 2)] == [61, 2.9, 1.07]
+    assert 1 / over[2] == pytest.approx(4 / 3, abs=0.02)
+    equal = (B_R / mean.loc["R-KFAC T_inv=50 rank=486"]).tolist()
+    assert "R-KFAC wins (3) and (4) by 2.4 times each" in TEXT and [round(x, 1) for x in equal[2:]] == [2.4, 2.4]
+    behind = (R / K).tolist()
+    assert "not in (2), by 11 times, nor in (4), by 3.2" in TEXT
+    assert (round(behind[1]), round(behind[3], 1)) == (11, 3.2) and max(behind[0], behind[2]) <= 3.08
+    assert (B_R < K).tolist() == [True, False, False, False]
+    tail = [mean.loc[f"{name} continuation=trace"] for name in ("B-R-KFAC", "N-KFAC", "R-KFAC T_inv=50")]
+    ahead = tail[0] / tail[1]
+    assert "better than B-R-KFAC in all four,** by 1.2 to 2.7 times" in TEXT
+    assert (round(ahead.min(), 1), round(ahead.max(), 1)) == (1.2, 2.7)
+    assert "takes R-KFAC's error (2) from 0.24 to 0.08" in TEXT
+    assert (round(R.iloc[1], 2), round(tail[2].iloc[1], 2)) == (0.24, 0.08)
+
+
+def test_the_verdicts_on_the_papers_layer_are_those_of_its_claims():
+    claims = (ROOT / "figures" / "paper-layer" / "claims.md").read_text(encoding="utf-8")
+    verdicts = dict(re.findall(r"^## (C\d)\..*?^- paper's settings, epoch 15: \*\*(.*?)\*\*", claims, re.M | re.S))
+    assert {name for name, verdict in verdicts.items() if verdict == "holds"} == {"C3", "C4"}
+    assert (
+        "C3 (R-KFAC `T_inv=300` grows past" in TEXT
+        and "C4 (B-R-KFAC beats B-KFAC at every iteration) hold." in TEXT
+    )

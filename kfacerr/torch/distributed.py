@@ -226,9 +226,7 @@ def _process(job: Job) -> Process:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether a module's own parameters are spread over processes, as FSDP of either kind leaves them."""
-    if getattr(
-        module, "_is_fsdp_managed_module", False
-    ):  # flat parameters (FullyShardedDataParallel) have no mark
+    if getattr(module, "_is_fsdp_managed_module", False):  # its flat parameters themselves have no mark
         return True
     tensor = sys.modules.get("torch.distributed.tensor")  # where nobody imported it there is none
     return tensor is not None and any(isinstance(p, tensor.DTensor) for p in module._parameters.values())

@@ -85,8 +85,7 @@ class Run:
         torch.manual_seed(derived_seed(seed, Purpose.WEIGHTS, 0))  # drawn on the CPU: the same for every device
         self.model: nn.Module = task.model().to(self.device)
         self.optimizers = contestant.make(self.model, task, lr, seed)
-        falls = [torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate) for optimizer in self.optimizers]
-        self._schedulers = falls
+        self._schedulers = [torch.optim.lr_scheduler.LambdaLR(one, self._rate) for one in self.optimizers]
 
     def _rate(self, k: int) -> float:
         return (1 + math.cos(math.pi * k / self.steps)) / 2

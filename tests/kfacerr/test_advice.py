@@ -184,3 +184,10 @@ def test_a_recording_without_windows_is_refused(tmp_path):
 def test_zero_is_refused_and_not_taken_for_a_default(call, bad, recorded):
     with Recording(recorded) as recording, pytest.raises(InputError, match=r"rank must be|phi must be"):
         call(recording if call is report_recording else recording.layer("fc"), **{"rank": 4, **bad})
+
+
+def test_the_policy_has_the_periods_that_were_measured(recorded):
+    """KFAC's own defaults are others."""
+    with Recording(recorded) as recording:
+        found = advise_recording(recording.layer("fc"), rank=4, algorithms=["B-R-KFAC"])
+    assert (found.choice, found.policy) == ("B-R-KFAC", {"fc": "B-R-KFAC T_rsvd=50"})

@@ -18,9 +18,9 @@ from kfacerr.process import Settings
 from kfacerr.recorder import RecordingWriter
 from kfacerr.recording import Recording
 from kfacerr.report import report_recording
-from kfacerr.stream import Step, Window
+from kfacerr.stream import Window
 from kfacerr.study import ErrorStudy, table
-from tests.strategies import SPECTRA, generators, orthogonal, psd, spectrum, stream
+from tests.strategies import SPECTRA, generators, layer_steps, orthogonal, psd, spectrum
 
 RNG = np.random.default_rng(0)
 A, G = psd(RNG, "slow decay", 9), 7 * psd(RNG, "fast decay", 6)
@@ -152,16 +152,9 @@ WINDOWS = [Window(10, 20, 0)]
 SETTINGS = Settings(rank=4, rho=0.9, oversampling=2)
 
 
-def steps(scale=1.0):
-    columns = [
-        stream(np.random.default_rng(i), d=d, n=3, steps=30, decay="slow decay") for i, d in ((1, 15), (2, 8))
-    ]
-    return [Step(k, a, scale * g, k % 5 == 0) for k, (a, g) in enumerate(zip(*columns, strict=True))]
-
-
 def rows_of(damping: str, scale=1.0, **options) -> pd.DataFrame:
     study = ErrorStudy(NAMES, replace(SETTINGS, **options), WINDOWS, damping=damping, certify=True)
-    return table(row for step in steps(scale) for row in study.push(step))
+    return table(row for step in layer_steps(scale) for row in study.push(step))
 
 
 def test_the_papers_damping_by_name_is_its_own():
@@ -178,7 +171,7 @@ def test_a_study_damps_as_dense_formulas_do(damping, continuation):
     fresh = frame[(frame.algorithm == NAMES[0]) & (frame.k == 10)]
     assert fresh.value.max() < 1e-9
     M = {"A": None, "G": None}
-    for step in steps()[:11]:
+    for step in layer_steps()[:11]:
         if step.update:
             for side, X in (("A", step.A), ("G", step.G)):
                 new = X @ X.T
@@ -227,7 +220,7 @@ def recorded(tmp_path_factory):
     with RecordingWriter(path) as writer:
         shape = {"d_A": 15, "d_G": 8, "n": 3, "windows": WINDOWS}
         writer.add_layer("fc", **shape, bias=False, batch_size=3, update_every=5)
-        for step in steps():
+        for step in layer_steps():
             writer.append("fc", step)
     return path
 

@@ -12,6 +12,7 @@ from kfacerr.exceptions import InputError
 from kfacerr.factor import KFactor
 from kfacerr.lowrank import LowRank
 from kfacerr.process import Estimate, Process, Settings
+from kfacerr.processes import Evd
 from tests import reference
 from tests.strategies import rhos, stream, streams
 
@@ -209,3 +210,17 @@ def test_a_scale_is_of_the_estimate_whatever_the_unit(unit):
         assert 1e-3 < scale.top / unit**2 < 1e3 and factor.scale(name) is scale
     factor.push(6, unit * X)
     assert factor.scale("B-KFAC") is not scale
+
+
+def test_the_exact_scale_is_that_of_M_at_every_update():
+    factor, rng, M = KFactor("A", {"K-FAC": Evd()}, 0.9, dense=True), np.random.default_rng(0), None
+    with pytest.raises(InputError, match="A: there is no M_k yet"):
+        factor.exact_scale()
+    for k in range(3):
+        X = 1e-12 * rng.standard_normal((7, 3))  # held in a unit of their own
+        M = X @ X.T if M is None else 0.9 * M + 0.1 * X @ X.T
+        factor.push(k, X)
+        scale = factor.exact_scale()
+        expected = (7, np.linalg.eigvalsh(M)[-1], np.trace(M))
+        assert (scale.d, scale.top, scale.trace) == pytest.approx(expected, rel=1e-9, abs=0)
+        assert factor.exact_scale() is scale

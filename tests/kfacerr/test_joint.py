@@ -9,20 +9,13 @@ from kfacerr.damping import Damping, Scale
 from kfacerr.exceptions import InputError
 from kfacerr.metrics import METRICS, angle_error, norm_error
 from kfacerr.process import Settings
-from kfacerr.stream import Step, Window
+from kfacerr.stream import Window
 from kfacerr.study import ErrorStudy, table
-from tests.strategies import stream
+from tests.strategies import layer_steps
 
 NAMES = ("K-FAC T_inv=10", "R-KFAC T_inv=10", "B-KFAC")
 WINDOWS = [Window(10, 20, 0)]
 SETTINGS = Settings(rank=4, rho=0.9, oversampling=2)
-
-
-def steps(scale=1.0):
-    columns = [
-        stream(np.random.default_rng(i), d=d, n=3, steps=30, decay="slow decay") for i, d in ((1, 15), (2, 8))
-    ]
-    return [Step(k, a, scale * g, k % 5 == 0) for k, (a, g) in enumerate(zip(*columns, strict=True))]
 
 
 def dense(M: dict, damping: Damping, columns, levels) -> np.ndarray:
@@ -41,7 +34,7 @@ def test_a_study_damps_both_factors_at_once_as_dense_formulas_do(damping, contin
     value = replace(value, value=value.value * scale**2) if value.kind == "product" else value
     study = ErrorStudy(NAMES, replace(SETTINGS, continuation=continuation), WINDOWS, damping=value, certify=True)
     rows, M = [], {"A": None, "G": None}
-    for step in steps(scale)[:14]:
+    for step in layer_steps(scale)[:14]:
         rows += study.push(step)
         if step.update:
             for side, X in (("A", step.A), ("G", step.G)):
@@ -65,7 +58,7 @@ def test_a_study_damps_both_factors_at_once_as_dense_formulas_do(damping, contin
         w = np.append(D[present], np.full(len(U) - present.sum(), tau))
         cheap[side] = (Q * w) @ Q.T
         own.append(Scale(len(U), D[0], trace))
-    step = steps(scale)[13]
+    step = layer_steps(scale)[13]
     S = dense(cheap, value, (step.A, step.G), value.levels(*own))
     reference = dense(M, value, (step.A, step.G), levels)
     measured = frame[(frame.algorithm == NAMES[2]) & (frame.k == 13)].set_index("metric").value
@@ -80,7 +73,7 @@ def test_a_study_damps_both_factors_at_once_as_dense_formulas_do(damping, contin
 
 def test_a_continuation_of_one_inverse_alone_is_refused_for_both():
     study = ErrorStudy(["FD"], replace(SETTINGS, continuation="escaped"), WINDOWS, damping="product=0.1")
-    given = steps()
+    given = layer_steps()
     for step in given[:10]:
         study.push(step)
     with pytest.raises(InputError, match="iteration 10: continuation 'escaped'"):

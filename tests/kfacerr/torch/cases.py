@@ -10,6 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfacerr.torch import KFAC, SENG
 
+QUIET_TRAINER = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Of Lightning's Trainer."""
+
 ALGORITHMS = ["K-FAC", "R-KFAC", "SRE-KFAC", "B-KFAC", "B-R-KFAC", "B-KFAC-C", "N-KFAC", "W-KFAC"]
 BUSY = {
     "lr": 0.1,

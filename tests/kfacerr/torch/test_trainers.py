@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from kfacerr.exceptions import InputError
-from tests.kfacerr.torch.cases import CASES, Case, loss_of, parameters, relative
+from tests.kfacerr.torch.cases import CASES, QUIET_TRAINER, Case, loss_of, parameters, relative
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
 PARTS, CLIP = 2, 0.1
@@ -75,14 +75,7 @@ def lightning_module(case: Case, dtype: torch.dtype = torch.float64, **options: 
 
 def lightning_trainer(max_epochs: int = 1, **options: Any) -> Any:
     return pytest.importorskip("lightning").Trainer(
-        max_epochs=max_epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **options,
+        max_epochs=max_epochs, use_distributed_sampler=False, **QUIET_TRAINER, **options
     )
 
 

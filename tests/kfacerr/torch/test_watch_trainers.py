@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from kfacerr.torch.watch import watch
+from tests.kfacerr.torch.cases import QUIET_TRAINER
 from tests.kfacerr.torch.test_watch import QUICK, assert_close, batches, hooked, make, values
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own
@@ -27,15 +28,7 @@ def test_lightning(parts):
             return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
     pieces = [piece for x, y in batches() for piece in zip(x.chunk(parts), y.chunk(parts), strict=True)]
-    trainer = lightning.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        accumulate_grad_batches=parts,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = lightning.Trainer(max_epochs=1, accumulate_grad_batches=parts, **QUIET_TRAINER)
     module = Module()
     with watch(module, "net.2", **QUICK) as w:
         trainer.fit(module, DataLoader(pieces, batch_size=None))
