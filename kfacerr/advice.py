@@ -30,7 +30,7 @@ from .process import Cost, Settings
 from .replay import replay
 from .report import MEANING
 from .stream import Window
-from .study import ErrorStudy, table
+from .study import ErrorStudy, named_damping, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -234,6 +234,7 @@ class Advice:
         sgd: what plain SGD spends on the layer, ms per iteration.
         budget: what the inverse may cost.
         settings: of `KFAC`, under which the errors were measured.
+        differs: what `KFAC` does otherwise than what was measured, in a few words; "" for nothing.
 
     Attributes:
         table: the rows by cost, with `on_frontier`.
@@ -242,9 +243,16 @@ class Advice:
     """
 
     def __init__(
-        self, layer: str, frame: "pd.DataFrame", sgd: float, budget: Budget, settings: Mapping[str, Any]
+        self,
+        layer: str,
+        frame: "pd.DataFrame",
+        sgd: float,
+        budget: Budget,
+        settings: Mapping[str, Any],
+        differs: str = "",
     ) -> None:
         self.layer, self.sgd, self.budget, self.settings = layer, sgd, budget, dict(settings)
+        self.differs = differs
         marked = frame.assign(on_frontier=_on_frontier(frame[["cost", "step_norm", "step_angle"]].to_numpy()))
         first = ["algorithm", "cost", *METRICS, "on_frontier"]
         rest = [name for name in marked if name not in first]
@@ -281,7 +289,7 @@ class Advice:
             f"choice: {self.choice} ({row.cost:.3g} ms, {verdict} the budget; error of the step "
             f"{row.step_norm:.2g})",
             f"KFAC(model, {', '.join(f'{name}={value!r}' for name, value in self.settings.items())}, "
-            f"policy={self.policy!r})",
+            f"policy={self.policy!r})" + (f"  # {self.differs}" if self.differs else ""),
         )
 
     def __str__(self) -> str:
@@ -404,8 +412,8 @@ def advise_recording(
     errors = table(rows).groupby(["algorithm", "metric"], sort=False).value.mean().unstack()
     costs = layer_costs(sizes, tqdm(chosen, desc="costs", disable=None), configured)
     frame = costs.join(errors.reindex(columns=list(METRICS)), on="algorithm")
-    measured = _settings(configured, layer.update_every, used, damping)
-    return Advice(layer.name, frame, costs.attrs["sgd"], budget or DEFAULT_BUDGET, measured)
+    measured, differs = _settings(configured, layer.update_every, used, study)
+    return Advice(layer.name, frame, costs.attrs["sgd"], budget or DEFAULT_BUDGET, measured, differs)
 
 
 def _measurable(found: Iterable[Algorithm], windows: Iterable[Window], every: int) -> list[Algorithm]:
@@ -414,11 +422,16 @@ def _measurable(found: Iterable[Algorithm], windows: Iterable[Window], every: in
     return [algorithm for algorithm in found if algorithm.get("T_inv", 0) <= max(longest, every)]
 
 
-def _settings(configured: Settings, every: int, phi: float, damping: str | Damping) -> dict[str, Any]:
-    """Of `KFAC`, under which the errors were measured."""
+def _settings(configured: Settings, every: int, phi: float, study: ErrorStudy) -> tuple[dict[str, Any], str]:
+    """Of `KFAC`, under which the errors were measured, and what it does otherwise."""
     named = {name: getattr(configured, name) for name in ("rank", "rho", "continuation")}
-    other = {} if damping in ("own", "common") else {"damping": str(damping)}
-    return {"T_updt": every, "phi_lambda": phi, **named, **other}
+    settings = {"T_updt": every, "phi_lambda": phi, **named}
+    if study.damping == "own":
+        return settings, ""
+    damping = named_damping(study.damping)
+    if damping is not None and damping.separable:
+        return settings | {"damping": study.damping}, ""
+    return settings, f"damped by phi lambda_max: KFAC has no damping {study.damping}, which was measured"
 
 
 def _sampled(windows: Iterable[Window]) -> set[int]:

@@ -34,8 +34,10 @@ __all__ = [
     "product_into",
     "rank_k_update",
     "scaled",
+    "square_sum",
     "to_dtype",
     "to_numpy",
+    "upper_factor",
 ]
 
 
@@ -90,26 +92,79 @@ def eps(array: Array) -> float:
 
 
 BLOCK = 2**18
-"""Entries of a matrix that `norm` takes at once: they stay in the cache, and no temporary has its size."""
+"""Entries of a matrix that `square_sum` takes at once: they stay in the cache, and no temporary has its size."""
+
+
+def blocks(X: Array) -> list[Array]:
+    """A matrix by blocks of rows, of `BLOCK` entries at most; a vector as it is."""
+    total, rows = X.shape[0], max(1, BLOCK // max(1, X.shape[-1]))
+    if X.ndim == 1 or total <= rows:
+        return [X]
+    return [X[a : min(a + rows, total), :] for a in range(0, total, rows)]
+
+
+def square_sum(X: Array) -> Array:
+    """||X||_F^2 of a vector or a matrix, a 0-d array, where no square leaves the dtype's range.
+
+    It is added pairwise. (On the CPU torch adds the squares of its own float32 norm one after the other: 1e-3 of
+    the square of a 4096 x 4096 matrix is lost.)
+    """
+    xp = compat.array_namespace(X)
+    sums = [xp.sum(part * part) for part in blocks(X)]
+    return sums[0] if len(sums) == 1 else xp.sum(xp.stack(sums))
 
 
 def norm(X: Array) -> Array:
     """||X||_F of a vector or a matrix, a 0-d array: to a few eps, wherever in the dtype's range X lies.
 
-    The squares are those of X over its largest entry, so that none that counts overflows or vanishes, and they are
-    added pairwise. (On the CPU torch adds the squares of its own float32 norm one after the other: 1e-3 of the
-    square of a 4096 x 4096 matrix is lost.) NaN and Inf pass through. No device is asked.
+    NaN and Inf pass through. A host's array is summed as it is, and anew where the sum says that squares may have
+    overflowed, or vanished. No device is asked: there it is always done anew.
     """
     xp = compat.array_namespace(X)
     if X.shape[0] == 0 or X.shape[-1] == 0:
         return xp.zeros((), dtype=X.dtype, device=compat.device(X))
-    total, rows = X.shape[0], max(1, BLOCK // X.shape[-1])
-    if X.ndim > 1 and total > rows:
-        return norm(xp.stack([norm(X[a : min(a + rows, total), :]) for a in range(0, total, rows)]))
+    if on_host(X):
+        with np.errstate(over="ignore"):
+            total = square_sum(X)
+        limits = xp.finfo(X.dtype)
+        # Of squares below the smallest normal number this much is lost at most.
+        if math.prod(X.shape) * limits.smallest_normal <= limits.eps * float(total) < float("inf"):
+            return xp.sqrt(total)
+    parts = blocks(X)
+    if len(parts) > 1:
+        return norm(xp.stack([_scaled_norm(part) for part in parts]))
+    return _scaled_norm(X)
+
+
+def _scaled_norm(X: Array) -> Array:
+    """`norm` by the squares of X over its largest entry; on a host over the power of two below, which is exact."""
+    xp = compat.array_namespace(X)
     largest = xp.max(xp.abs(X))
-    unit = xp.where((largest > 0) & (largest < float("inf")), largest, xp.ones_like(largest))
+    one = xp.ones_like(largest)
+    unit = one * 2.0 ** (math.frexp(float(largest))[1] - 1) if on_host(X) else largest
+    unit = xp.where((largest > 0) & (largest < float("inf")), unit, one)
     Y = X / unit
     return unit * xp.sqrt(xp.sum(Y * Y))
+
+
+def on_host(X: Array) -> bool:
+    """Whether the host can look at X without waiting for a device."""
+    return isinstance(X, np.ndarray) or (compat.is_torch_array(X) and X.device.type == "cpu")
+
+
+def upper_factor(X: Array) -> Array:
+    """R (min(m, n), n) of X = Q R, X (m, n), without Q: half the work of a QR."""
+    if isinstance(X, np.ndarray):
+        return np.linalg.qr(X, mode="r")
+    if compat.is_torch_array(X):
+        import torch
+
+        return torch.linalg.qr(X, mode="r").R
+    if compat.is_cupy_array(X):
+        import cupy
+
+        return cupy.linalg.qr(X, mode="r")
+    return compat.array_namespace(X).linalg.qr(X)[1]
 
 
 def check_columns(X: Array, d: int | None = None, what: str = "columns") -> None:

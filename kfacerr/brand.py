@@ -136,18 +136,19 @@ def _augment(U: Array, A: Array) -> Augmented:
     return Augmented(Y, Y.T @ A)
 
 
-def carried(X: LowRank, r: int, A: Array) -> tuple[LowRank, Augmented]:
-    """`orthonormalised(X.truncate(r))`, and the same beside the columns A that are to be added to it.
+def carried(X: LowRank, r: int, A: Array, weight: float = 1.0) -> tuple[LowRank, Augmented]:
+    """`orthonormalised(X.truncate(r))`, and the same beside the columns weight A that are to be added to it.
 
-    [U, A, U P] with probes P is one array, and so are its products with A and with U P.
+    [U, weight A, U P] with probes P is one array, and so are its products with weight A and with U P.
 
     Args:
         X: the representation, (d, d).
         r: the rank to truncate to.
         A: (d, n).
+        weight: of A, which is written to its place with it.
 
     Returns:
-        The truncated representation, and [U, A] with its products.
+        The truncated representation, and [U, weight A] with its products.
 
     Raises:
         InputError: shapes, dtypes or backends do not fit.
@@ -157,7 +158,7 @@ def carried(X: LowRank, r: int, A: Array) -> tuple[LowRank, Augmented]:
     m, n = min(r, X.m), A.shape[1]
     D = X.D[:m]
     if m == 0:
-        return LowRank(X.basis[:, :0], D), Augmented(A, A.T @ A)
+        return LowRank(X.basis[:, :0], D), _augment(X.basis[:, :0], weight * A)
     width = -(-(m + n + PROBES) // LINE) * LINE
     together = xp.empty((X.d, width), dtype=A.dtype, device=compat.device(A))
     if X.mix is None:
@@ -165,6 +166,7 @@ def carried(X: LowRank, r: int, A: Array) -> tuple[LowRank, Augmented]:
     else:
         product_into(together, 0, X.basis, X.mix[:, :m])
     together[:, m : m + n] = A
+    together[:, m : m + n] *= weight
     together[:, m + n + PROBES :] = 0  # the padding: a checkpoint saves it with the rest
     U, Y = together[:, :m], together[:, : m + n]
     probes = _probes_on(D)
@@ -173,7 +175,7 @@ def carried(X: LowRank, r: int, A: Array) -> tuple[LowRank, Augmented]:
     if not _defect(products[:m, n:], probes, D) <= TOLERATED * eps(D):
         again = _made_orthonormal(LowRank(U, D))
         B = LowRank(again.U, again.D)
-        return B, _augment(B.U, A)
+        return B, _augment(B.U, Y[:, m:])
     return LowRank(U, D), Augmented(Y, products[:, :n])
 
 

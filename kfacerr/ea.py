@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from .array import check_columns, namespace, rank_k_update
+from .array import check_columns, namespace, rank_k_update, square_sum
 from .checks import is_number
 from .exceptions import InputError
 from .stream import Array
 
-__all__ = ["EAFactor", "check_rho", "mean_square"]
+__all__ = ["EAFactor", "check_rho"]
 
 
 def check_rho(rho: float) -> None:
@@ -16,11 +16,6 @@ def check_rho(rho: float) -> None:
         raise InputError(f"rho must be a number, got {rho!r}")
     if not 0 < rho < 1:
         raise InputError(f"decay rho must lie in (0, 1), got {rho}")
-
-
-def mean_square(X: Array) -> Array:
-    """||X||_F^2 = tr(X X^T), a 0-d array."""
-    return namespace(X).sum(X * X)
 
 
 class EAFactor:
@@ -49,11 +44,11 @@ class EAFactor:
         """Absorbs columns X (d, n)."""
         check_columns(X, None if self.M is None else self.M.shape[0])
         if self.M is None:
-            self.M, self.trace = X @ X.T, mean_square(X)
+            self.M, self.trace = X @ X.T, square_sum(X)
             return
         namespace(self.M, X)
         self.M = rank_k_update(self.M, X, alpha=1 - self.rho, beta=self.rho)
-        self.trace = self.rho * self.trace + (1 - self.rho) * mean_square(X)
+        self.trace = self.rho * self.trace + (1 - self.rho) * square_sum(X)
 
     def update_by_gram(self, gram: Array) -> None:
         """Absorbs X X^T (d, d) itself, as several processes sum it up. `gram` becomes M where it is the first."""

@@ -8,7 +8,7 @@ are 1e-10.
 
 import array_api_compat as compat
 
-from .array import namespace, norm
+from .array import namespace, norm, upper_factor
 from .exceptions import InputError
 from .inverse import DampedInverse, Inverse, check_applies
 from .stream import Array
@@ -82,7 +82,7 @@ def step_coordinates(P: Array, Q: Array, P_ref: Array, Q_ref: Array) -> tuple[Ar
     n = P.shape[1]
     if 2 * n >= P.shape[0]:
         return Q @ P.T, Q_ref @ P_ref.T
-    _, R = xp.linalg.qr(xp.concat([P_ref, P - P_ref], axis=1))
+    R = upper_factor(xp.concat([P_ref, P - P_ref], axis=1))
     return Q @ (R[:, :n] + R[:, n:]).T, Q_ref @ R[:, :n].T
 
 

@@ -5,11 +5,11 @@
 
 from typing import Any, ClassVar
 
-from .array import eps, namespace, norm
+from .array import eps, namespace, norm, square_sum
 from .brand import carried, symmetric_brand
 from .certificate import EVD_LOSS, FLOAT64, LOSS, Certificate
 from .correction import correct
-from .ea import EAFactor, mean_square
+from .ea import EAFactor
 from .inverse import Exact
 from .lowrank import LowRank
 from .process import Cost, Estimate, Process
@@ -124,22 +124,23 @@ class Brand(Process):
         if self.estimate is None:
             self._start(X)
             return True
-        rho = self.settings.rho
-        decay, W = rho, (1 - rho) ** 0.5 * X
+        if not (due or self.settings.accumulate):
+            self._waiting, self._certificate = None, DROPPED
+            return False
+        decay = rho = self.settings.rho
+        W, weight = X, (1 - rho) ** 0.5
         if self._waiting is not None:
             earlier, columns = self._waiting
-            decay, W = decay * earlier, namespace(W).concat([rho**0.5 * columns, W], axis=1)
+            decay, W, weight = rho * earlier, namespace(X).concat([rho**0.5 * columns, weight * X], axis=1), 1.0
         if not due:
-            self._waiting = (decay, W) if self.settings.accumulate else None
-            if not self.settings.accumulate:
-                self._certificate = DROPPED
+            self._waiting = decay, weight * W
             return False
         self._waiting = None
         whole = self.estimate.lowrank
-        B, augmented = carried(whole, self.settings.rank, W)  # l.3-4
+        B, augmented = carried(whole, self.settings.rank, W, weight)  # l.3-4
         D, removed = self._reduced(B.D, whole.D, decay)
-        trace = decay * self.estimate.trace + mean_square(W)
-        low = symmetric_brand(LowRank(B.U, D), W, augmented, decay=decay)  # l.6-7
+        trace = decay * self.estimate.trace + weight**2 * square_sum(W)
+        low = symmetric_brand(LowRank(B.U, D), augmented.Y[:, B.m :], augmented, decay=decay)  # l.6-7
         self.estimate = Estimate(low, trace)
         if isinstance(self._certificate, Certificate):
             self._certificate = self._certificate.after_brand(removed, decay, low, trace)
@@ -147,7 +148,7 @@ class Brand(Process):
 
     def _start(self, X: Array) -> None:
         """M_B,0 = X_0 X_0^T: the exact thin factorisation of the first columns."""
-        self.estimate = Estimate(symmetric_brand(None, X), mean_square(X))
+        self.estimate = Estimate(symmetric_brand(None, X), square_sum(X))
         low, trace = self.estimate.lowrank, self.estimate.trace
         self._certificate = Certificate.of_decomposition(low, trace, unit=FLOAT64)
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .array import check_columns, eigh_descending, eps, namespace
+from .array import check_columns, eigh_descending, eps, namespace, upper_factor
 from .claims import Claim, Identity, Inequality, Psd, frobenius, in_every_norm, norms
 from .exceptions import InputError
 from .process import check_rho
@@ -185,7 +185,7 @@ def compress(columns: Sequence[Array]) -> list[Array]:
     stacked = xp.concat(list(columns), axis=1)
     if stacked.shape[1] >= stacked.shape[0]:
         return list(columns)
-    _, R = xp.linalg.qr(stacked)
+    R = upper_factor(stacked)
     ends = np.cumsum([X.shape[1] for X in columns])
     return [R[:, end - X.shape[1] : end] for X, end in zip(columns, ends.tolist(), strict=True)]
 

@@ -22,9 +22,9 @@ from typing import Any, ClassVar, NamedTuple
 import array_api_compat as compat
 import numpy as np
 
-from .array import namespace
+from .array import namespace, square_sum
 from .certificate import FLOAT64, Certificate
-from .ea import EAFactor, mean_square
+from .ea import EAFactor
 from .lowrank import LowRank
 from .process import Cost, Estimate, Process
 from .sketching import nystrom_of, with_fresh
@@ -65,7 +65,7 @@ class Sketch(NamedTuple):
         """What columns X (d, n) add to Y, to C and to the trace."""
         Z = X.T @ self.omega
         precise = namespace(X).astype(Z, namespace(X).float64)
-        return {"Y": X @ Z, "C": precise.T @ precise, "trace": mean_square(X)}
+        return {"Y": X @ Z, "C": precise.T @ precise, "trace": square_sum(X)}
 
     def absorbed(self, total: Mapping[str, Array], decay: float, weight: float) -> "Sketch":
         """Of decay M + weight X X^T, for the sum of the shares of X's columns."""

@@ -23,6 +23,7 @@ import numpy as np
 
 from . import propositions
 from .algorithms import Algorithm
+from .array import upper_factor
 from .certificate import Certificate
 from .checks import instance, whole
 from .claims import EPS, TOLERANCE, Claim, Identity, Inequality, Psd, norms
@@ -150,7 +151,7 @@ def _chosen(X: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
 
 def _narrow(X: np.ndarray) -> np.ndarray:
     """(d, min(n, d)) with the same X X^T, on which alone everything depends."""
-    return np.asarray(np.linalg.qr(X.T, mode="r")).T if X.shape[1] > X.shape[0] else X
+    return upper_factor(X.T).T if X.shape[1] > X.shape[0] else X
 
 
 # -------------------------------------------------------------------------------------------- whole stream

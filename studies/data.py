@@ -4,7 +4,6 @@ CIFAR-10 is read from disk, or downloaded once into the user's cache. What is re
 official checksums first, and a pickle is read without executing anything in it.
 """
 
-import hashlib
 import io
 import pickle
 import pickletools
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from kfacerr.exceptions import InputError
 from studies.fashion_mnist import load_fashion_mnist
-from studies.images import Dataset, checked_labels, named_folder, read_file
+from studies.images import Dataset, checked_labels, named_folder, read_file, verified_name
 
 __all__ = ["load_cifar10", "load_dataset", "load_digits_rgb"]
 
@@ -107,7 +106,10 @@ def load_cifar10(
     # The very bytes whose checksum was taken are the ones parsed.
     most = 2 * release.records * (1 + _PIXELS) + 2**20
     contents = {file: read_file(file, most, "a batch of CIFAR-10") for file in files}
-    name = _verified_name(contents, release.file_md5, accept_modified)
+    known = {"JPEG-75": _JPEG75_SHA256}
+    name = verified_name(
+        "CIFAR-10", contents, release.file_md5, "md5", accept_modified=accept_modified, known=known
+    )
     parse = _parse_binary if files[0].suffix == ".bin" else _parse_pickle
     batches = [parse(file, content, release.records) for file, content in contents.items()]
     images = torch.from_numpy(np.concatenate([images for images, _ in batches]).reshape(-1, 3, 32, 32))
@@ -203,29 +205,6 @@ def _download(release: Release, allowed: bool) -> Path:
         reason = " ".join(str(error).split())
         raise InputError(f"CIFAR-10 could not be downloaded from {release.url}: {reason}; {hint}") from error
     return folder
-
-
-def _verified_name(contents: Mapping[Path, bytes], expected: Mapping[str, str], accept_modified: bool) -> str:
-    """The data set's name, by its checksums.
-
-    Raises:
-        InputError: they are not the official ones, and `accept_modified` is false.
-    """
-    found = {file: hashlib.md5(content, usedforsecurity=False) for file, content in contents.items()}
-    altered = [file for file in found if found[file].hexdigest() != expected[file.name]]
-    if not altered:
-        return "CIFAR-10"
-    is_jpeg75 = all(
-        hashlib.sha256(content).hexdigest() == _JPEG75_SHA256.get(file.name) for file, content in contents.items()
-    )
-    name = "CIFAR-10 (JPEG-75)" if is_jpeg75 else "CIFAR-10 (modified)"
-    if not accept_modified:
-        file = altered[0]
-        raise InputError(
-            f"{file}: MD5 {found[file].hexdigest()}, but the official file has {expected[file.name]}; "
-            f'--accept-modified-data takes it, as "{name}"'
-        )
-    return name
 
 
 # Parsing the two layouts. Both give images (N, 3072) uint8 in the order (channel, row, column), labels (N,).

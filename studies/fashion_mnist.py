@@ -4,12 +4,11 @@ There is no download: Debian's package dataset-fashion-mnist installs them, gith
 """
 
 import gzip
-import hashlib
 import io
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kfacerr.exceptions import InputError
-from studies.images import Dataset, checked_labels, named_folder, read_file
+from studies.images import Dataset, checked_labels, named_folder, read_file, verified_name
 
 __all__ = ["load_fashion_mnist"]
 
@@ -53,8 +52,9 @@ def load_fashion_mnist(
         InputError: a file is missing, altered or malformed; names it.
     """
     folder = _find_folder(root)
-    contents = {folder / f"{name}.gz": _unpacked(folder / f"{name}.gz") for name in sha256}
-    name = _verified_name(contents, sha256.values(), accept_modified)
+    official = {f"{name}.gz": checksum for name, checksum in sha256.items()}
+    contents = {folder / name: _unpacked(folder / name) for name in official}
+    name = verified_name("Fashion-MNIST", contents, official, "sha256", accept_modified=accept_modified)
     files = iter(contents.items())
     train, test = (_part(*next(files), *next(files)) for _ in range(2))
     return Dataset(name, *train, *test, CLASSES, True)
@@ -83,26 +83,6 @@ def _unpacked(file: Path) -> bytes:
     if len(content) > most:
         raise InputError(f"{file}: holds more than the {most:,} bytes of {RECORDS:,} images")
     return content
-
-
-def _verified_name(contents: Mapping[Path, bytes], official: Iterable[str], accept_modified: bool) -> str:
-    """The data set's name, by its checksums.
-
-    Raises:
-        InputError: they are not the official ones, and `accept_modified` is false.
-    """
-    found = {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
-    altered = [(file, sha256) for file, sha256 in zip(found, official, strict=True) if found[file] != sha256]
-    if not altered:
-        return "Fashion-MNIST"
-    name = "Fashion-MNIST (modified)"
-    if not accept_modified:
-        file, sha256 = altered[0]
-        raise InputError(
-            f"{file}: SHA-256 {found[file]} unpacked, but the official file has {sha256}; "
-            f'--accept-modified-data takes it, as "{name}"'
-        )
-    return name
 
 
 def _part(images: Path, pixels: bytes, labels: Path, classes: bytes) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,11 @@
 """What all data sets have in common: images and labels on the CPU, and files that are checked as they are read."""
 
+import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from kfacerr.exceptions import InputError
 
-__all__ = ["Dataset", "checked_labels", "named_folder", "read_file"]
+__all__ = ["Dataset", "checked_labels", "named_folder", "read_file", "verified_name"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +88,42 @@ def read_file(file: Path, most: int, what: str) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror or error}") from error
+
+
+def verified_name(
+    name: str,
+    contents: Mapping[Path, bytes],
+    official: Mapping[str, str],
+    digest: str,
+    *,
+    accept_modified: bool,
+    known: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+) -> str:
+    """The data set's name, by its checksums: with "(modified)", or what else is known, where they differ.
+
+    Args:
+        name: of the official one.
+        contents: file -> what was read from it.
+        official: file name -> checksum.
+        digest: the function that takes it, of `hashlib`.
+        accept_modified: take other files.
+        known: variant -> file name -> SHA-256.
+
+    Raises:
+        InputError: the checksums are others, and `accept_modified` is false.
+    """
+    found = {file: hashlib.new(digest, content, usedforsecurity=False) for file, content in contents.items()}
+    altered = [file for file in found if found[file].hexdigest() != official[file.name]]
+    if not altered:
+        return name
+    sha256 = {file.name: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+    variant = next((variant for variant, sums in known.items() if sha256.items() <= sums.items()), "modified")
+    if not accept_modified:
+        raise InputError(
+            f"{altered[0]}: {digest.upper()} {found[altered[0]].hexdigest()}, but officially it is "
+            f'{official[altered[0].name]}; --accept-modified-data takes it, as "{name} ({variant})"'
+        )
+    return f"{name} ({variant})"
 
 
 def checked_labels(file: Path, labels: NDArray[Any]) -> NDArray[np.int64]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Direction", "Product", "descend", "norm", "scaled", "zeroed"]
+__all__ = ["Direction", "Product", "descend", "norm", "reach", "scaled", "zeroed"]
 
 
 class Product(NamedTuple):
@@ -76,6 +76,12 @@ Direction = Tensor | Product
 def norm(S: Direction) -> Tensor:
     """||S||_F, summed in float64: the squares of a long step may overflow."""
     return S.norm() if isinstance(S, Product) else torch.linalg.vector_norm(S, dtype=torch.float64)
+
+
+def reach(S: Direction) -> Tensor:
+    """No less than ||S||_F, float64, and cheaper: ||P||_F ||Q||_F of a product."""
+    lengths = [torch.linalg.vector_norm(X, dtype=torch.float64) for X in (S if isinstance(S, Product) else (S,))]
+    return lengths[0] if len(lengths) == 1 else lengths[0] * lengths[1]
 
 
 def scaled(S: Direction, factor: Tensor) -> Direction:

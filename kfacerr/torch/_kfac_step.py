@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..exceptions import InputError
 from ..stream import Columns
-from ._direction import Direction, Product, norm, scaled, zeroed
+from ._direction import Direction, Product, norm, reach, scaled, zeroed
 from ._kfac_layer import KFACLayer
 from ._micro_batches import LayerTotals
 from ._precision import rounding
@@ -159,18 +159,18 @@ class KFACStep:
     def directions(self) -> Iterator[tuple[nn.Parameter, Direction]]:
         """Algorithm 1 l.15-18, with the clip, by parameter."""
         groups = {p: group for group in self.optimizer.param_groups for p in group["params"]}
-        steps = ((layer, *self._fitting(layer, self._preconditioned(layer))) for layer in self.active)
+        steps = ((layer, self._fitting(layer, self._preconditioned(layer))) for layer in self.active)
         clip = self.optimizer.param_groups[0]["clip"]
         if self.optimizer.clip_by == "kl" and clip is not None and self.active:
             every = list(steps)
-            factor = self._kl_factor([(layer, S, groups[layer.weight]["lr"]) for layer, S, _ in every], clip)
-            for layer, S, _ in every:
+            factor = self._kl_factor([(layer, S, groups[layer.weight]["lr"]) for layer, S in every], clip)
+            for layer, S in every:
                 yield from layer.split(scaled(S, factor)).items()
             return
-        for layer, S, length in steps:
+        for layer, S in steps:
             clip = groups[layer.weight]["clip"]
             if self.optimizer.clip_by == "layer" and clip is not None:
-                S = scaled(S, torch.clamp(clip * max(S.numel(), 1) ** 0.5 / length, max=1.0))  # clip / rms(S)
+                S = scaled(S, torch.clamp(clip * max(S.numel(), 1) ** 0.5 / norm(S), max=1.0))  # clip / rms(S)
             yield from layer.split(S).items()
 
     def _preconditioned(self, layer: KFACLayer) -> Direction:
@@ -183,13 +183,13 @@ class KFACStep:
         self.optimizer._say(f"zero {layer.name}", f"layer {layer.name!r}, step {self.k}: {why}; plain gradient")
         return layer.gradient().clone()
 
-    def _fitting(self, layer: KFACLayer, S: Direction) -> tuple[Direction, Tensor]:
-        """S and its norm, both 0 if S is not finite; the next `is_fit` reports it, so that nothing waits here."""
-        length = norm(S)
-        unfit = ~(length <= torch.finfo(S.P.dtype if isinstance(S, Product) else S.dtype).max)
-        before = self.optimizer._unfit.get(layer.name, torch.full((), -1, device=length.device))
+    def _fitting(self, layer: KFACLayer, S: Direction) -> Direction:
+        """S, or 0 if S is not finite or may not be; the next `is_fit` reports it, so that nothing waits here."""
+        longest = reach(S)
+        unfit = ~(longest <= torch.finfo(S.P.dtype if isinstance(S, Product) else S.dtype).max)
+        before = self.optimizer._unfit.get(layer.name, torch.full((), -1, device=longest.device))
         self.optimizer._unfit[layer.name] = before.masked_fill(unfit, self.k)
-        return zeroed(S, unfit), length.masked_fill(unfit, 0.0)
+        return zeroed(S, unfit)
 
     def _kl_factor(self, steps: Sequence[tuple[KFACLayer, Direction, float]], clip: float) -> Tensor:
         """min(1, sqrt(clip / sum_l lr_l^2 <S_l, g_l>)), a 0-d tensor: the sum is about twice the KL divergence."""

@@ -146,13 +146,13 @@ def _conv_columns(layer: nn.Conv1d | nn.Conv2d, x: Tensor, grad: Tensor) -> Colu
 
 
 def _scaled(a: Tensor, g: Tensor, batch: int, bias: bool) -> Columns:
-    """[a; 1]/sqrt(b) and sqrt(b) g from a (d_in, n) and g (d_out, n), in the common dtype."""
+    """[a; 1]/sqrt(b) and sqrt(b) g from a (d_in, n) and g (d_out, n), in the common dtype, by rows in memory."""
     dtype = _common_dtype(a, g)
     scale = math.sqrt(max(batch, 1))  # an empty batch has no columns to scale
-    A = a.new_empty((a.shape[0] + bias, a.shape[1]), dtype=dtype)
-    A[: a.shape[0]] = a
-    A[a.shape[0] :] = 1
-    return Columns(A.div_(scale), g.to(dtype).mul(scale).contiguous())
+    A, G = a.new_empty((a.shape[0] + bias, a.shape[1]), dtype=dtype), g.new_empty(g.shape, dtype=dtype)
+    torch.div(a.to(dtype), scale, out=A[: a.shape[0]])
+    A[a.shape[0] :] = 1 / scale
+    return Columns(A, torch.mul(g.to(dtype), scale, out=G))
 
 
 def _common_dtype(x: Tensor, grad: Tensor) -> torch.dtype:

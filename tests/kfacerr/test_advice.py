@@ -1,12 +1,14 @@
 """Advice: costs that are those of the sizes, errors that are those of a replay, and a frontier that is one."""
 
 import re
+from collections import OrderedDict
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from kfacerr.advice import Advice, Budget, Layer, _on_frontier, advise_recording, candidates, layer_costs
 from kfacerr.algorithms import Algorithm
@@ -19,6 +21,7 @@ from kfacerr.recording import Recording
 from kfacerr.report import report_recording
 from kfacerr.stream import Step, Window
 from kfacerr.study import ErrorStudy, table
+from kfacerr.torch import KFAC
 from tests.strategies import stream
 
 WINDOWS = [Window(20, 20, 1)]
@@ -191,3 +194,17 @@ def test_the_policy_has_the_periods_that_were_measured(recorded):
     with Recording(recorded) as recording:
         found = advise_recording(recording.layer("fc"), rank=4, algorithms=["B-R-KFAC"])
     assert (found.choice, found.policy) == ("B-R-KFAC", {"fc": "B-R-KFAC T_rsvd=50"})
+
+
+@pytest.mark.parametrize(
+    ("damping", "taken"), [("mean=0.1", True), ("product=0.001", False), ("cut=0.1", False), ("common", False)]
+)
+def test_the_line_to_paste_is_one_that_kfac_takes(recorded, damping, taken):
+    """Also where errors were measured on a damping that no optimizer step has."""
+    with Recording(recorded) as recording:
+        found = advise_recording(recording.layer("fc"), rank=4, algorithms=["B-KFAC"], damping=damping)
+    pasted = found.summary().splitlines()[-1]
+    model = nn.Sequential(OrderedDict(fc=nn.Linear(23, 18)))
+    optimizer = eval(pasted, {"KFAC": KFAC, "model": model})
+    assert (str(optimizer.damping) == damping) == taken and damping in pasted
+    assert ("  # " in pasted) == (not taken)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kfacerr import array
-from kfacerr.array import add_to_diagonal, cholesky_inverse, norm, rank_k_update
+from kfacerr.array import add_to_diagonal, cholesky_inverse, norm, rank_k_update, to_numpy, upper_factor
 from tests.strategies import psd
 
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -79,3 +79,12 @@ def test_a_cholesky_inverse_is_symmetric_and_takes_its_place_only_where_it_may(f
     assert np.abs(inverse @ M - np.eye(300)).max() <= 1e-11
     assert np.array_equal(inverse, inverse.T)
     assert np.array_equal(fast_xp.numpy(given), inverse if overwrite else M)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(7, 3), (3, 7), (4, 4), (1, 1)])
+def test_the_upper_factor_has_the_same_products(xp, dtype, shape):
+    X = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    R = to_numpy(upper_factor(xp.array(X)))
+    assert R.shape == (min(shape), shape[1]) and (np.tril(R, -1) == 0).all()
+    np.testing.assert_allclose(R.T @ R, X.T @ X, atol=50 * np.finfo(dtype).eps)

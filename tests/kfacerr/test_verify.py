@@ -138,8 +138,8 @@ def test_a_process_that_carries_other_modes_is_caught(recording, monkeypatch):
     """Still below M and certified as what it is, but not (10)."""
     carried = processes.carried
 
-    def wrong(X, r, A):
-        return carried(LowRank(X.U[:, ::-1], X.D[::-1]), r, A)
+    def wrong(X, r, A, weight):
+        return carried(LowRank(X.U[:, ::-1], X.D[::-1]), r, A, weight)
 
     monkeypatch.setattr(processes, "carried", wrong)
     assert "(10) by the Brand process" in _fails(recording)

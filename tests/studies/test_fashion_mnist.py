@@ -95,7 +95,7 @@ def test_an_altered_file_is_refused_with_both_checksums_and_the_option_that_take
     file = folder / "t10k-labels-idx1-ubyte.gz"
     content = idx(np.zeros(5, np.uint8))
     file.write_bytes(gzip.compress(content))
-    assert_refused(f"{file}: SHA-256 {hashlib.sha256(content).hexdigest()}", folder, sha256=sha256)
+    assert_refused(f"{file}: SHA256 {hashlib.sha256(content).hexdigest()}", folder, sha256=sha256)
     assert_refused(sha256["t10k-labels-idx1-ubyte"], folder, sha256=sha256)
     assert_refused("--accept-modified-data", folder, sha256=sha256)
     assert load_fashion_mnist(folder, accept_modified=True, sha256=sha256).name == "Fashion-MNIST (modified)"

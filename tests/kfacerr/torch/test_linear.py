@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from kfacerr.exceptions import InputError
 from kfacerr.torch import KFAC, FactoredLinear, factored
-from kfacerr.torch._direction import Product
+from kfacerr.torch._direction import Product, norm, reach
 from kfacerr.torch.linear import FactoredParameter, formed, has_gradient, held
 from tests.kfacerr.torch.cases import (
     New,
@@ -465,6 +465,8 @@ def test_a_product_is_measured_without_being_formed():
     assert Product(P, Q).numel() == 1500
     S = Product(P, Q).formed().double()
     assert float(Product(P, Q).norm()) == pytest.approx(float(S.norm()), rel=1e-6)
+    assert float(S.norm()) <= float(reach(Product(P, Q))) * (1 + 1e-6)
+    assert float(reach(Product(P[:, :1], Q[:, :1]))) == pytest.approx(float(norm(P[:, :1] @ Q[:, :1].T)), rel=1e-6)
     inner = float((S * (G @ A.T).double()).sum())
     assert float(Product(P, Q).inner(Product(G, A))) == pytest.approx(inner, rel=1e-4)
 
