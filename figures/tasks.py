@@ -176,7 +176,8 @@ def _markdown(table: pd.DataFrame) -> str:
         )
         shown = shown[[name for name in _TITLES if name in shown]].dropna(axis=1, how="all")
         text = shown.rename(columns=_TITLES).to_markdown(index=False, floatfmt=".3g", missingval="-")
-        parts.append(f"## {task}, {group.seeds.max()} seeds\n\n{text}\n")
+        count = group.seeds.max()
+        parts.append(f"## {task}, {count} seed{'s' * (count > 1)}\n\n{text}\n")
     return "\n".join(parts)
 
 

@@ -172,6 +172,21 @@ def test_the_tables_of_tasks_in_the_findings_are_those_of_the_csvs():
         assert cells == [f"{row.spearman:.2f} (p {row.p:.1g})" for row in rows], (task, runs)
 
 
+def test_the_search_of_the_recipes_is_that_of_the_csv():
+    table = pd.read_csv(DOCS.parent / "figures" / "search" / "tasks.csv")
+    losses = table.pivot(index="optimizer", columns="task", values="train_loss")[
+        ["teacher", "manifold", "diabetes"]
+    ]
+    known = [[f"{loss:.3g}" for loss in row] for row in losses.to_numpy()]
+    text = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"^### The same on other tasks\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in re.findall(r"^\|(.*)$", section, re.M)]
+    assert len(rows) == 2 + 16 and all(row[1:] in known for row in rows[2:])
+    R = losses.loc["R-KFAC rank=220 T_updt=10 T_inv=100 warm_up=True"]
+    paper = losses.loc["R-KFAC rank=220 T_updt=25 T_inv=250 phi_lambda=0.1 continuation=min momentum=0"]
+    assert "8, 1.6 and 36 times less loss" in section and [f"{x:.2g}" for x in paper / R] == ["8.2", "1.6", "36"]
+
+
 def test_what_the_findings_say_of_tasks_is_so():
     folder = DOCS.parent / "figures" / "tasks"
     table = pd.read_csv(folder / "tasks.csv").set_index("optimizer")
