@@ -93,15 +93,17 @@ def test_the_table_of_steps_in_the_findings_is_that_of_the_csv():
 def test_the_table_of_the_papers_layer_is_that_of_the_csvs():
     folder = DOCS.parent / "figures" / "paper-layer"
     frame = pd.concat([pd.read_csv(folder / f"{name}.csv.gz") for name in ("errors", "variants")])
-    mean = frame.groupby(["algorithm", "metric"]).value.mean()
+    mean = frame.groupby(["epoch", "algorithm", "metric"]).value.mean()
+    epochs = sorted(frame.epoch.unique())
     text = (DOCS / "findings.md").read_text(encoding="utf-8")
     (section,) = re.findall(
         r"^## The paper's layer at its true size.*?\n(.*?)^## ", text, re.MULTILINE | re.DOTALL
     )
     rows = re.findall(r"^\| ([\w-]*KFAC.*?|K-FAC.*?) \| (.*) \|$", section, re.MULTILINE)
-    assert len(rows) == 14
-    for name, cells in rows:
-        assert cells.split(" | ") == [f"{mean[name, metric]:.3g}" for metric in METRICS], name
+    assert len(rows) == 14 * len(epochs)
+    for i, (name, cells) in enumerate(rows):
+        values = [mean[epochs[i // 14], name, metric] for metric in METRICS]
+        assert cells.split(" | ") == [f"{value:.3g}" for value in values], name
 
 
 def test_the_table_of_widths_is_that_of_the_spectra():
