@@ -69,7 +69,8 @@ def test_it_fits_a_reader():
 def test_what_came_out_of_the_papers_layer_is_what_its_csvs_say():
     folder = ROOT / "figures" / "paper-layer"
     frame = pd.concat([pd.read_csv(folder / f"{name}.csv.gz") for name in ("errors", "variants")])
-    mean = frame.groupby(["algorithm", "metric"]).value.mean().unstack()[list(METRICS)]
+    means = frame.groupby(["epoch", "algorithm", "metric"]).value.mean().unstack()[list(METRICS)]
+    later, mean = means.loc[30], means.loc[15]
     R, B_R, K = (mean.loc[name] for name in ("R-KFAC T_inv=50", "B-R-KFAC", "K-FAC T_inv=50"))
     over = (R / B_R).tolist()
     assert "(1) by 61 times, (2) by 2.9, (4) by 7%; in (3) it is a third" in TEXT
@@ -87,12 +88,23 @@ def test_what_came_out_of_the_papers_layer_is_what_its_csvs_say():
     assert (round(ahead.min(), 1), round(ahead.max(), 1)) == (1.2, 2.7)
     assert "takes R-KFAC's error (2) from 0.24 to 0.08" in TEXT
     assert (round(R.iloc[1], 2), round(tail[2].iloc[1], 2)) == (0.24, 0.08)
+    over, behind = (later.loc["R-KFAC T_inv=50"] / later.loc[name] for name in ("B-R-KFAC", "K-FAC T_inv=50"))
+    assert "C2 in (1), by 23 times, and (2), by 2.5; C1 fails by 14 and 5 times in (2) and (4)" in TEXT
+    assert [round(over.iloc[0]), round(over.iloc[1], 1), round(behind.iloc[1]), round(behind.iloc[3])] == [
+        23,
+        2.5,
+        14,
+        5,
+    ]
+    ahead = later.loc["B-R-KFAC continuation=trace"] / later.loc["N-KFAC continuation=trace"]
+    assert "is 1.7 to 2.2 times" in TEXT and (round(ahead.min(), 1), round(ahead.max(), 1)) == (1.7, 2.2)
 
 
 def test_the_verdicts_on_the_papers_layer_are_those_of_its_claims():
     claims = (ROOT / "figures" / "paper-layer" / "claims.md").read_text(encoding="utf-8")
     verdicts = dict(re.findall(r"^## (C\d)\..*?^- paper's settings, epoch 15: \*\*(.*?)\*\*", claims, re.M | re.S))
     assert {name for name, verdict in verdicts.items() if verdict == "holds"} == {"C3", "C4"}
+    assert len(re.findall(r"paper's settings, epoch 30: \*\*holds", claims)) == 1, "C4"
     assert (
         "C3 (R-KFAC `T_inv=300` grows past" in TEXT
         and "C4 (B-R-KFAC beats B-KFAC at every iteration) hold." in TEXT
