@@ -177,7 +177,7 @@ def _markdown(table: pd.DataFrame) -> str:
         shown = shown[[name for name in _TITLES if name in shown]].dropna(axis=1, how="all")
         text = shown.rename(columns=_TITLES).to_markdown(index=False, floatfmt=".3g", missingval="-")
         count = group.seeds.max()
-        parts.append(f"## {task}, {count} seed{'s' * (count > 1)}\n\n{text}\n")
+        parts.append(f"## {task}, {count} seed{'' if count == 1 else 's'}\n\n{text}\n")
     return "\n".join(parts)
 
 

@@ -161,16 +161,18 @@ def carried(X: LowRank, r: int, A: Array, weight: float = 1.0) -> tuple[LowRank,
         return LowRank(X.basis[:, :0], D), _augment(X.basis[:, :0], weight * A)
     width = -(-(m + n + PROBES) // LINE) * LINE
     together = xp.empty((X.d, width), dtype=A.dtype, device=compat.device(A))
+    probes = _probes_on(D)
     if X.mix is None:
         together[:, :m] = X.basis[:, :m]
-    else:
-        product_into(together, 0, X.basis, X.mix[:, :m])
+        product_into(together, m + n, together[:, :m], probes)
+    else:  # [U, U P] in one product, and then U P goes where A leaves it room
+        mix = X.mix[:, :m]
+        product_into(together, 0, X.basis, xp.concat([mix, mix @ probes], axis=1))
+        together[:, m + n : m + n + PROBES] = xp.asarray(together[:, m : m + PROBES], copy=True)
     together[:, m : m + n] = A
     together[:, m : m + n] *= weight
     together[:, m + n + PROBES :] = 0  # the padding: a checkpoint saves it with the rest
     U, Y = together[:, :m], together[:, : m + n]
-    probes = _probes_on(D)
-    product_into(together, m + n, U, probes)
     products = Y.T @ together[:, m : m + n + PROBES]
     if not _defect(products[:m, n:], probes, D) <= TOLERATED * eps(D):
         again = _made_orthonormal(LowRank(U, D))
