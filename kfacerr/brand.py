@@ -16,7 +16,7 @@ measures what is left on the carried modes, and does the same if rounding has ad
 
 Speed. One update of a process is three products with tall matrices and the EVD of K: `carried` forms the r modes
 that go on in their place beside the new columns, in one allocation, and the probes of their orthonormality ride
-along in the product that gives K, instead of reading U once more for each purpose.
+along in the products that form U and K, instead of reading U once more for each purpose.
 """
 
 import functools

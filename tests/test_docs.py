@@ -106,6 +106,57 @@ def test_the_table_of_the_papers_layer_is_that_of_the_csvs():
         assert cells.split(" | ") == [f"{value:.3g}" for value in values], name
 
 
+def test_what_half_the_damping_costs_the_papers_layer_is_what_its_csvs_say():
+    folder = DOCS.parent / "figures" / "paper-layer"
+    frame = pd.concat([pd.read_csv(folder / f"{name}.csv.gz") for name in ("errors", "variants")])
+    mean = frame.groupby(["epoch", "algorithm", "metric"]).value.mean().unstack()[list(METRICS)]
+    text = " ".join((DOCS / "findings.md").read_text(encoding="utf-8").split())
+    (section,) = re.findall(r"## The paper's layer at its true size(.*?) ## ", text)
+    shown = re.findall(r"\| ([\w-]*KFAC[^|]*?|K-FAC[^|]*?) \|", section.partition("**At epoch 30**")[2])[:14]
+    growth = (mean.loc[30] / mean.loc[15]).loc[shown].to_numpy()
+    low, dense = growth[1:, [1, 3]], growth[0, [1, 3]]
+    assert shown[0] == "K-FAC T_inv=50" and len(set(shown)) == 14
+    assert (
+        "have 1.6 to 2.4 times the error in (2) that they had at epoch 15, and 1.2 to 3.5 times in (4)" in section
+    )
+    assert [f"{x:.1f}" for x in (*low.min(axis=0), *low.max(axis=0))] == ["1.6", "1.2", "2.4", "3.5"]
+    assert "stale exact K-FAC 1.3 and 1.5 times" in section and [f"{x:.1f}" for x in dense] == ["1.3", "1.5"]
+    assert "gains 2% on B-KFAC in (1)-(3) and 6% in (4), at epoch 15 it was 25, 6, 10 and 10%" in section
+    gains = [(mean.loc[epoch, "B-KFAC"] / mean.loc[epoch, "B-R-KFAC"] - 1) * 100 for epoch in (30, 15)]
+    assert [round(x) for gain in gains for x in gain] == [2, 2, 2, 6, 25, 6, 10, 10]
+    plain, rival = mean.loc[30, "N-KFAC"], mean.loc[30, "B-R-KFAC"]
+    assert "with `min` by 3.5 and 3.4 times in (3) and (4), and worse by 1.4 and 2.6 in (2) and (1)" in section
+    assert [f"{x:.1f}" for x in (rival / plain).iloc[[2, 3]]] == ["3.5", "3.4"]
+    assert [f"{x:.1f}" for x in (plain / rival).iloc[[1, 0]]] == ["1.4", "2.6"]
+
+
+def test_the_times_of_an_update_are_those_of_the_csv():
+    """What the text says, way by way, of `figures/speed`."""
+    ratios = pd.read_csv(DOCS.parent / "figures" / "speed" / "ratios.csv")
+    value = ratios.set_index(["task", "d", "way"]).ratio
+    text = " ".join((DOCS / "findings.md").read_text(encoding="utf-8").split())
+    N, QR = (
+        [f"{value['update', d, way]:.1f}" for d in ds]
+        for way, ds in (
+            ("N-KFAC", (1024, 4096, 8192, 16384, 65536, 131072)),
+            ("Brand, QR form", (1024, 2048, 16384, 131072)),
+        )
+    )
+    assert "takes 1.8 times a Brand update at $d$ = 1024, 2.1 at 4096, 2.9 at 8192 and 16384, 3.6 at 65536" in text
+    assert "and 5.6 (two rounds) at 131072" in text and N == ["1.8", "2.1", "2.9", "2.9", "3.6", "5.6"]
+    assert "takes 0.9 (d = 1024), 1.2 (2048), 2.9 (16384; goal 3) and 5.6 (131072) of Brand's" in text
+    assert QR == ["0.9", "1.2", "2.9", "5.6"]
+    assert "is 1.35 times its products at $d=16384$ (goal 1.3) and 5.2 at 2048 (goal 2.5)" in text
+    floor = [1 / value["update", d, "GEMM floor"] for d in (16384, 2048)]
+    assert floor == pytest.approx([1.35, 5.2], rel=0.01)
+    for way, said in (("N-KFAC's GEMM floor", "0.4 to 3.1"), ("IncrementalPCA", "10 to 36")):
+        between = value.xs(way, level="way")
+        digits = 0 if way == "IncrementalPCA" else 1
+        assert said == f"{between.min():.{digits}f} to {between.max():.{digits}f}" and said in text
+    assert "step is 7.6 times faster than the dense evaluation" in text
+    assert f"{value['study step', 2048, 'dense, eigh']:.1f}" == "7.6"
+
+
 def test_the_table_of_widths_is_that_of_the_spectra():
     """Of every study along a training that is there."""
     figures = DOCS.parent / "figures"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kfacerr.brand import brand, orthonormalised, symmetric_brand
+from kfacerr.brand import PROBES, TOLERATED, brand, carried, orthonormalised, symmetric_brand
 from kfacerr.exceptions import InputError
 from kfacerr.lowrank import LowRank
 from kfacerr.processes import Brand
@@ -263,3 +263,25 @@ def test_columns_that_do_not_fit_are_refused(xp):
         symmetric_brand(low, xp.array(np.full((4, 1), np.nan)))
     with pytest.raises(InputError, match="as many columns"):
         brand(low.basis, low.D, low.basis, xp.array(np.ones((4, 1))), xp.array(np.ones((4, 2))))
+
+
+@DTYPES
+@pytest.mark.parametrize("n", [0, 1, PROBES - 1, PROBES, 12])
+@pytest.mark.parametrize("formed", [True, False])
+def test_carried_modes_stay_as_they_are_unless_they_have_drifted(xp, dtype, n, formed):
+    """[U, w A] and its products are those written out; and only a U that drifted is made orthonormal."""
+    rng = np.random.default_rng(n)
+    Q, rotation = orthogonal(rng, 60)[:, :20], orthogonal(rng, 20)
+    A, D = rng.standard_normal((60, n)), np.linspace(2, 1, 20)
+    for drift in (0, 1e-2):
+        basis = Q * (1 + drift * (np.arange(20) == 3))
+        U = (basis if formed else basis @ rotation)[:, :15]
+        held = (basis, D) if formed else (basis, D, rotation)
+        low, augmented = carried(LowRank(*(xp.array(x, dtype) for x in held)), 15, xp.array(A, dtype), 0.3)
+        Y = xp.numpy(augmented.Y)
+        tolerance = slack(dtype, 60)
+        assert np.abs(Y[:, 15:] - 0.3 * A).max(initial=0) <= tolerance
+        assert np.abs(xp.numpy(augmented.products) - Y.T @ Y[:, 15:]).max(initial=0) <= tolerance * 60
+        assert defect(low, xp) <= TOLERATED * float(np.finfo(dtype).eps)
+        same = np.abs(xp.numpy(low.U) - U).max() <= tolerance
+        assert same == (drift == 0)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from kfacerr.ea import EAFactor
 from kfacerr.exceptions import InputError
 from kfacerr.inverse import continuation_level
-from kfacerr.process import Clock
-from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Rsvd
+from kfacerr.process import Clock, Process
+from kfacerr.processes import Brand, BrandCorrected, BrandRsvd, Evd, Periodic, Rsvd
 from tests import reference
 from tests.strategies import generators, rhos, stream, streams
 
@@ -303,3 +303,23 @@ def test_backends_agree_on_what_is_no_mode_of_bkfac_c(xp, seed, kinds):
             float(continuation_level(p.estimate.lowrank, "trace", p.estimate.trace)) for p in (other, one)
         )
         assert abs(tau - expected) <= 1e-12 * float(one.estimate.lowrank.lambda_max), k
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        (Process, lambda process: process.cost(3, 1)),
+        (Process, lambda process: process.update(0, np.ones((3, 1)), None)),
+        (Process, lambda process: process.share(0, np.ones((3, 1)))),
+        (Process, lambda process: process.take(0, {})),
+        (Process, lambda process: process.refresh(0, EAFactor(0.9))),
+        (Periodic, lambda process: process.decompose(np.eye(3))),
+    ],
+    ids=["cost", "update", "share", "take", "refresh", "decompose"],
+)
+def test_what_a_process_of_ones_own_lacks_is_named(kind, call, request):
+    """The protocol is open to users: a part that is not there says whose it is."""
+    mine = type("Mine", (kind,), {})()
+    missing = request.node.callspec.id
+    with pytest.raises(NotImplementedError, match="^Mine .*" + ("cost" if missing == "cost" else f"`{missing}`")):
+        call(mine)
