@@ -21,6 +21,7 @@ from kfacerr.rsvd import evd
 from kfacerr.torch import KFAC, PAPER
 from kfacerr.torch._direction import Product
 from kfacerr.torch._kfac_layer import process_of
+from kfacerr.torch.distributed import Job
 from tests import reference
 from tests.kfacerr.torch.cases import (
     convnet,
@@ -510,6 +511,8 @@ def test_a_process_of_your_own_drives_one_factor():
     train(net, optimizer, [vectors(0)])
     assert [tuple(info) for info in seen] == [("0", "A", 41, 4)]
     assert optimizer.layers["0"].factors["A"].average.M is None  # its process does not read the dense factor
+    job = Job(optimizer.layers["0"].factors["A"], torch.ones(41, 4), [4, 4], print)
+    assert job.cost == 9 * 41**3  # over several devices: it does not say what it costs, and is taken for an EVD
     # On the first step every process sees the same columns.
     train(other, KFAC(other, "K-FAC", **STEP_ONLY, rho=0.5), [vectors(0)])
     assert relative(parameters(net), parameters(other)) <= 1e-10
